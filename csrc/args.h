@@ -1,0 +1,129 @@
+// Arguments of the kernels, CPU and CUDA alike: raw pointers, sizes, strides. No torch header is included here or in
+// csrc/cpu and csrc/cuda, so every kernel compiles and can be tested on its own.
+//
+// Dimension letters: B batch, T time steps, D context_dim (last dimension, always contiguous), N sequences.
+// Strides are counted in elements. "acc" is the accumulation type: float for 16- and 32-bit storage, double for double.
+#pragma once
+
+#include <cstdint>
+
+namespace newllm {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A (B, T, D) tensor whose last dimension is contiguous. Rows (B, D) are the case T = 1.
+struct View3 {
+  void* data = nullptr;  // nullptr: the tensor is absent
+  int64_t stride_b = 0;
+  int64_t stride_t = 0;
+};
+
+struct ScanShape {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, T = 0, D = 0;
+  // Packed sequences: B == 1 and sequence s covers rows cu_seqlens[s] .. cu_seqlens[s + 1]; nullptr when dense.
+  const int64_t* cu_seqlens = nullptr;
+  int64_t num_sequences = 0;  // N; equals B when dense
+};
+
+// h_t = a_t h_{t-1} + b_t. States are (N, D) contiguous in acc.
+struct ScanArgs {
+  ScanShape shape;
+  bool reverse = false;
+  View3 a, b, h;
+  const void* h0 = nullptr;
+  void* h_last = nullptr;
+};
+
+struct ScanBackwardArgs {
+  ScanShape shape;
+  bool reverse = false;
+  View3 grad_h, a, h;        // grad_h may be absent
+  View3 grad_a, grad_b;      // written
+  const void* grad_h_last = nullptr;
+  const void* h0 = nullptr;
+  void* grad_h0 = nullptr;   // written, (N, D) acc
+};
+
+// c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t)
+struct GatedScanArgs {
+  ScanShape shape;
+  View3 f, i, d, c;
+  const void* c0 = nullptr;
+  void* c_last = nullptr;
+};
+
+struct GatedScanBackwardArgs {
+  ScanShape shape;
+  View3 grad_c, f, i, d, c;             // grad_c may be absent
+  View3 grad_f, grad_i, grad_d;         // written
+  const void* grad_c_last = nullptr;
+  const void* c0 = nullptr;
+  void* grad_c0 = nullptr;              // written, (N, D) acc
+};
+
+// weight and bias are (D) in acc; nullptr means 1 and 0. clamp_value is +inf where nothing is clamped.
+struct NormParams {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  double eps = 1e-5;
+  double clamp_value = 0;
+};
+
+// c_t = clamp(LayerNorm(sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t))) over T steps; context_update is T = 1.
+struct ContextArgs {
+  DType dtype = DType::kFloat32;
+  DType state_dtype = DType::kFloat32;  // of c0 and c_last: dtype itself or its acc
+  int64_t B = 0, T = 0, D = 0;
+  NormParams norm;
+  View3 f, i, d;
+  View3 c;            // all contexts, may be absent (context_update writes c_last only)
+  View3 c0, c_last;   // (B, D) in state_dtype; stride_t unused
+};
+
+struct ContextBackwardArgs {
+  DType dtype = DType::kFloat32;
+  DType state_dtype = DType::kFloat32;  // of c0, grad_c_last and grad_c0
+  int64_t B = 0, T = 0, D = 0;
+  NormParams norm;
+  View3 f, i, d, c, grad_c;       // c and grad_c may be absent (context_update)
+  View3 c0, grad_c_last;          // grad_c_last may be absent
+  View3 grad_f, grad_i, grad_d;   // written
+  View3 grad_c0;                  // written
+  void* grad_weight = nullptr;    // written, (D) acc
+  void* grad_bias = nullptr;      // written, (D) acc
+};
+
+// y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.
+struct LayerNormArgs {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, D = 0;
+  NormParams norm;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  void* sum = nullptr;             // (rows, D) contiguous, written when residual is given
+  void* y = nullptr;               // (rows, D) contiguous
+  void* mean = nullptr;            // (rows) acc
+  void* rstd = nullptr;            // (rows) acc
+};
+
+struct LayerNormBackwardArgs {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, D = 0;
+  NormParams norm;
+  const void* grad_y = nullptr;    // may be absent
+  int64_t grad_y_stride = 0;
+  const void* grad_sum = nullptr;  // may be absent: the gradient that reached x + residual directly
+  int64_t grad_sum_stride = 0;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  void* grad_x = nullptr;          // (rows, D) contiguous
+  void* grad_weight = nullptr;     // (D) acc
+  void* grad_bias = nullptr;       // (D) acc
+};
+
+}  // namespace newllm

@@ -1,0 +1,195 @@
+// The cell with LayerNorm and clamp in the loop: context_update is one step of it, context_scan all T in one call.
+// A row needs its own mean before it can go on, so a task is a whole row of D and time is walked in order; rows
+// (batch entries) run in parallel.
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "gates.h"
+#include "norm.h"
+
+namespace newllm::cpu::NEWLLM_ISA {
+namespace {
+
+template <class T>
+NEWLLM_INLINE T* row(const View3& view, int64_t b, int64_t t) {
+  return view.data ? static_cast<T*>(view.data) + b * view.stride_b + t * view.stride_t : nullptr;
+}
+
+template <class V, class A>
+NEWLLM_INLINE V clamped(V y, A limit) {
+  y = y > limit ? splat<A>(limit) : y;  // false for NaN, which passes through as in torch.clamp
+  return y < -limit ? splat<A>(-limit) : y;
+}
+
+template <class T, class S>
+void forward_row(const ContextArgs& args, int64_t b, acc_t<T>* state, acc_t<T>* u) {
+  using A = acc_t<T>;
+  const int64_t D = args.D;
+  const A* weight = static_cast<const A*>(args.norm.weight);
+  const A* bias = static_cast<const A*>(args.norm.bias);
+  const A limit = A(args.norm.clamp_value);
+  const S* c0 = row<const S>(args.c0, b, 0);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) { store_if<false>(full, state + k, load_if(full, c0 + k, n), n); });
+  for (int64_t t = 0; t < args.T; ++t) {
+    const T *f = row<const T>(args.f, b, t), *i = row<const T>(args.i, b, t), *d = row<const T>(args.d, b, t);
+    T* c = row<T>(args.c, b, t);
+    for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+      const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value * load_if(full, state + k, n);
+      const Vec<A> write = sigmoid(load_if(full, i + k, n)).value * tanh(load_if(full, d + k, n)).value;
+      store_if<false>(full, u + k, keep + write, n);
+    });
+    const Statistics<A> s = row_statistics(u, D, args.norm.eps);
+    for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+      const Vec<A> xhat = (load_if(full, u + k, n) - s.mean) * s.rstd;
+      const Vec<A> y = xhat * affine_weight(full, weight, k, n) + affine_bias(full, bias, k, n);
+      const Vec<A> next = clamped(y, limit);
+      store_if<false>(full, state + k, next, n);
+      if (c != nullptr) store_if<false>(full, c + k, next, n);
+    });
+  }
+  S* c_last = row<S>(args.c_last, b, 0);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    store_if<false>(full, c_last + k, load_if(full, state + k, n), n);
+  });
+}
+
+// Scratch rows of one thread: the adjoint that flows back in time, the values of one step, and LayerNorm's input.
+template <class A>
+struct Scratch {
+  explicit Scratch(int64_t D) : storage(new A[4 * D]), carry(storage.get()), u(carry + D), g(u + D), before(g + D) {}
+  std::unique_ptr<A[]> storage;
+  A *carry, *u, *g, *before;
+};
+
+// One step of the adjoint: from grad_c (with the carried part already in scratch.g) to the gates and the carry.
+template <class T>
+NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, const T* i, const T* d, T* grad_f,
+                                 T* grad_i, T* grad_d, Scratch<acc_t<T>>& scratch, acc_t<T>* grad_weight,
+                                 acc_t<T>* grad_bias) {
+  using A = acc_t<T>;
+  const int64_t D = args.D;
+  const A* weight = static_cast<const A*>(args.norm.weight);
+  const A* bias = static_cast<const A*>(args.norm.bias);
+  const A limit = A(args.norm.clamp_value);
+  A *u = scratch.u, *g = scratch.g, *before = scratch.before;
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value * load_if(full, before + k, n);
+    const Vec<A> write = sigmoid(load_if(full, i + k, n)).value * tanh(load_if(full, d + k, n)).value;
+    store_if<false>(full, u + k, keep + write, n);
+  });
+  const Statistics<A> s = row_statistics(u, D, args.norm.eps);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    const Vec<A> xhat = (load_if(full, u + k, n) - s.mean) * s.rstd;
+    const Vec<A> w = affine_weight(full, weight, k, n);
+    const Vec<A> y = xhat * w + affine_bias(full, bias, k, n);
+    Vec<A> grad = load_if(full, g + k, n);
+    grad = y > limit ? Vec<A>{} : grad;
+    grad = y < -limit ? Vec<A>{} : grad;
+    store_if<false>(full, grad_weight + k, load_if(full, grad_weight + k, n) + grad * xhat, n);
+    store_if<false>(full, grad_bias + k, load_if(full, grad_bias + k, n) + grad, n);
+    store_if<false>(full, u + k, xhat, n);
+    store_if<false>(full, g + k, grad * w, n);
+  });
+  const A mean_g = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) { return load_if(full, g + k, n); }) / A(D);
+  const A mean_gx = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) {
+    return load_if(full, g + k, n) * load_if(full, u + k, n);
+  }) / A(D);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    const Vec<A> du = (load_if(full, g + k, n) - mean_g - load_if(full, u + k, n) * mean_gx) * s.rstd;
+    const Activation<Vec<A>> forget = sigmoid(load_if(full, f + k, n));
+    const Activation<Vec<A>> input = sigmoid(load_if(full, i + k, n));
+    const Activation<Vec<A>> delta = tanh(load_if(full, d + k, n));
+    store_if<false>(full, grad_f + k, du * load_if(full, before + k, n) * forget.slope, n);
+    store_if<false>(full, grad_i + k, du * delta.value * input.slope, n);
+    store_if<false>(full, grad_d + k, du * input.value * delta.slope, n);
+    store_if<false>(full, scratch.carry + k, du * forget.value, n);
+  });
+}
+
+template <class T, class S>
+void backward_row(const ContextBackwardArgs& args, int64_t b, Scratch<acc_t<T>>& scratch, acc_t<T>* grad_weight,
+                  acc_t<T>* grad_bias) {
+  using A = acc_t<T>;
+  const int64_t D = args.D;
+  const S* last = row<const S>(args.grad_c_last, b, 0);
+  const S* c0 = row<const S>(args.c0, b, 0);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    store_if<false>(full, scratch.carry + k, last ? load_if(full, last + k, n) : Vec<A>{}, n);
+  });
+  for (int64_t t = args.T - 1; t >= 0; --t) {
+    const T* grad_c = row<const T>(args.grad_c, b, t);
+    const T* before = t > 0 ? row<const T>(args.c, b, t - 1) : nullptr;
+    for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+      Vec<A> g = load_if(full, scratch.carry + k, n);
+      if (grad_c != nullptr) g += load_if(full, grad_c + k, n);
+      store_if<false>(full, scratch.g + k, g, n);
+      const Vec<A> c = before != nullptr ? load_if(full, before + k, n) : load_if(full, c0 + k, n);
+      store_if<false>(full, scratch.before + k, c, n);
+    });
+    backward_step<T>(args, row<const T>(args.f, b, t), row<const T>(args.i, b, t), row<const T>(args.d, b, t),
+                     row<T>(args.grad_f, b, t), row<T>(args.grad_i, b, t), row<T>(args.grad_d, b, t), scratch,
+                     grad_weight, grad_bias);
+  }
+  S* grad_c0 = row<S>(args.grad_c0, b, 0);
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    store_if<false>(full, grad_c0 + k, load_if(full, scratch.carry + k, n), n);
+  });
+}
+
+// The state is stored as T or as acc_t<T>; for float and double these are the same.
+template <class Body>
+void for_dtypes(DType dtype, DType state_dtype, const Body& body) {
+  const auto typed = [&](auto tag) {
+    using T = decltype(tag);
+    state_dtype == dtype ? body(tag, T{}) : body(tag, acc_t<T>{});
+  };
+  switch (dtype) {
+    case DType::kFloat32: return body(float{}, float{});
+    case DType::kFloat64: return body(double{}, double{});
+    case DType::kBFloat16: return typed(bfloat16{});
+    case DType::kFloat16: return typed(float16{});
+  }
+}
+
+}  // namespace
+
+void context_forward(const ContextArgs& args) {
+  for_dtypes(args.dtype, args.state_dtype, [&](auto tag, auto state_tag) {
+    using T = decltype(tag);
+    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, args.T * args.D));
+    parallel_for(args.B, grain, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<acc_t<T>[]> scratch(new acc_t<T>[2 * args.D]);
+      for (int64_t b = begin; b < end; ++b) {
+        forward_row<T, decltype(state_tag)>(args, b, scratch.get(), scratch.get() + args.D);
+      }
+    });
+  });
+}
+
+void context_backward(const ContextBackwardArgs& args) {
+  for_dtypes(args.dtype, args.state_dtype, [&](auto tag, auto state_tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const RowBlocks blocks(args.B, args.T * args.D);
+    const std::unique_ptr<A[]> partial(new A[2 * blocks.count * args.D]);
+    A* partial_bias = partial.get() + blocks.count * args.D;
+    parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(args.D);
+      for (int64_t block = begin; block < end; ++block) {
+        A* grad_weight = partial.get() + block * args.D;
+        A* grad_bias = partial_bias + block * args.D;
+        std::fill_n(grad_weight, args.D, A(0));
+        std::fill_n(grad_bias, args.D, A(0));
+        const int64_t last = std::min(args.B, (block + 1) * blocks.rows_per_block);
+        for (int64_t b = block * blocks.rows_per_block; b < last; ++b) {
+          backward_row<T, decltype(state_tag)>(args, b, scratch, grad_weight, grad_bias);
+        }
+      }
+    });
+    reduce_blocks(partial.get(), blocks.count, args.D, static_cast<A*>(args.grad_weight));
+    reduce_blocks(partial_bias, blocks.count, args.D, static_cast<A*>(args.grad_bias));
+  });
+}
+
+}  // namespace newllm::cpu::NEWLLM_ISA

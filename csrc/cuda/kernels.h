@@ -1,0 +1,21 @@
+// Plain C++ interface of the CUDA kernels. A launcher returns what CUDA said of the launch; it never synchronises.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../args.h"
+
+namespace newllm::cuda {
+
+// Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
+// 2 * context_update_blocks(B) * D floats.
+cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);
+cudaError_t context_update_backward(const ContextBackwardArgs& args, float* partial, cudaStream_t stream);
+
+// Blocks of the backward: a function of the shape only, so that sums are added in the same order on every GPU.
+int64_t context_update_blocks(int64_t rows);
+
+// Widest D whose row fits into the shared memory of one block of this device (forward and backward).
+int64_t context_update_max_width(int device);
+
+}  // namespace newllm::cuda

@@ -1,0 +1,37 @@
+// Schemas of the compiled kernels. They are internal: `newllm::*`, the operators with autograd and fake kernels, are
+// defined in newllm_kernels/<op>/__init__.py and call these where the backend is "cpu" or "cuda".
+//
+// f, i, d: three tensors (B, T, D), or f alone with the three as column blocks (B, T, 3D); gradients come laid out alike.
+// States, statistics and LayerNorm parameters are in the accumulation type, float32 or (for float64) float64.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(newllm_native, m) {
+  m.def("scan(Tensor a, Tensor b, Tensor? h0, bool reverse, Tensor? cu_seqlens) -> (Tensor h, Tensor h_last)");
+  m.def(
+      "scan_backward(Tensor? grad_h, Tensor? grad_h_last, Tensor a, Tensor h, Tensor? h0, bool reverse, "
+      "Tensor? cu_seqlens) -> (Tensor grad_a, Tensor grad_b, Tensor grad_h0)");
+  m.def("gated_scan(Tensor f, Tensor? i, Tensor? d, Tensor? c0, Tensor? cu_seqlens) -> (Tensor c, Tensor c_last)");
+  m.def(
+      "gated_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? c0, "
+      "Tensor? cu_seqlens) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0)");
+  m.def(
+      "context_update(Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? weight, Tensor? bias, float eps, float clamp) "
+      "-> Tensor");
+  m.def(
+      "context_update_backward(Tensor grad, Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? weight, Tensor? bias, "
+      "float eps, float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c, Tensor grad_weight, "
+      "Tensor grad_bias)");
+  m.def(
+      "context_scan(Tensor f, Tensor? i, Tensor? d, Tensor c0, Tensor? weight, Tensor? bias, float eps, float clamp) "
+      "-> (Tensor c, Tensor c_last)");
+  m.def(
+      "context_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor? c, Tensor c0, "
+      "Tensor? weight, Tensor? bias, float eps, float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, "
+      "Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+}

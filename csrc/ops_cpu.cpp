@@ -1,0 +1,288 @@
+// The CPU kernels as PyTorch operators newllm_native::*, bound through LibTorch's stable ABI.
+#include <exception>
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "tensors.h"
+
+namespace newllm {
+namespace {
+
+void run_in_pytorchs_pool(int64_t count, int64_t grain, cpu::RangeFn fn, void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { fn(begin, end, context); });
+}
+
+int64_t pytorchs_threads() { return torch::stable::get_num_threads(); }
+
+ScanShape scan_shape(const Tensor& like, int64_t D, const OptionalTensor& cu_seqlens) {
+  ScanShape shape;
+  shape.dtype = dtype_of(like);
+  shape.B = like.size(0);
+  shape.T = like.size(1);
+  shape.D = D;
+  shape.cu_seqlens = static_cast<const int64_t*>(data_or_null(cu_seqlens));
+  shape.num_sequences = cu_seqlens ? cu_seqlens->size(0) - 1 : shape.B;
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> scan(const Tensor& a_, const Tensor& b_, const OptionalTensor& h0_, bool reverse,
+                                const OptionalTensor& cu_seqlens_) {
+  const Tensor a = with_contiguous_rows(a_), b = with_contiguous_rows(b_);
+  const OptionalTensor h0 = contiguous(h0_), cu_seqlens = contiguous(cu_seqlens_);
+  ScanArgs args;
+  args.shape = scan_shape(a, a.size(2), cu_seqlens);
+  args.reverse = reverse;
+  Tensor h = empty<3>({args.shape.B, args.shape.T, args.shape.D}, a.scalar_type(), a);
+  Tensor h_last = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(a), a);
+  args.a = view(a);
+  args.b = view(b);
+  args.h = view(h);
+  args.h0 = data_or_null(h0);
+  args.h_last = h_last.data_ptr();
+  cpu::scan_forward(args);
+  return {h, h_last};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scan_backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_h_last_,
+                                                 const Tensor& a_, const Tensor& h_, const OptionalTensor& h0_,
+                                                 bool reverse, const OptionalTensor& cu_seqlens_) {
+  const Tensor a = with_contiguous_rows(a_), h = with_contiguous_rows(h_);
+  const OptionalTensor grad_h = with_contiguous_rows(grad_h_), grad_h_last = contiguous(grad_h_last_);
+  const OptionalTensor h0 = contiguous(h0_), cu_seqlens = contiguous(cu_seqlens_);
+  ScanBackwardArgs args;
+  args.shape = scan_shape(a, a.size(2), cu_seqlens);
+  args.reverse = reverse;
+  const std::array<int64_t, 3> sizes{args.shape.B, args.shape.T, args.shape.D};
+  Tensor grad_a = empty(sizes, a.scalar_type(), a), grad_b = empty(sizes, a.scalar_type(), a);
+  Tensor grad_h0 = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(a), a);
+  args.grad_h = view(grad_h);
+  args.a = view(a);
+  args.h = view(h);
+  args.grad_a = view(grad_a);
+  args.grad_b = view(grad_b);
+  args.grad_h_last = data_or_null(grad_h_last);
+  args.h0 = data_or_null(h0);
+  args.grad_h0 = grad_h0.data_ptr();
+  cpu::scan_backward(args);
+  return {grad_a, grad_b, grad_h0};
+}
+
+std::tuple<Tensor, Tensor> gated_scan(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d,
+                                      const OptionalTensor& c0_, const OptionalTensor& cu_seqlens_) {
+  const Gates gates(f, i, d);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  GatedScanArgs args;
+  args.shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  Tensor c = empty<3>({args.shape.B, args.shape.T, args.shape.D}, f.scalar_type(), f);
+  Tensor c_last = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(f), f);
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c = view(c);
+  args.c0 = data_or_null(c0);
+  args.c_last = c_last.data_ptr();
+  cpu::gated_scan_forward(args);
+  return {c, c_last};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(
+    const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& f, const OptionalTensor& i,
+    const OptionalTensor& d, const Tensor& c_, const OptionalTensor& c0_, const OptionalTensor& cu_seqlens_) {
+  const Gates gates(f, i, d);
+  GateGradients grads(gates);
+  const Tensor c = with_contiguous_rows(c_);
+  const OptionalTensor grad_c = with_contiguous_rows(grad_c_), grad_c_last = contiguous(grad_c_last_);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  GatedScanBackwardArgs args;
+  args.shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  Tensor grad_c0 = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(f), f);
+  args.grad_c = view(grad_c);
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c = view(c);
+  args.grad_f = grads.f;
+  args.grad_i = grads.i;
+  args.grad_d = grads.d;
+  args.grad_c_last = data_or_null(grad_c_last);
+  args.c0 = data_or_null(c0);
+  args.grad_c0 = grad_c0.data_ptr();
+  cpu::gated_scan_backward(args);
+  return {grads.first, grads.second, grads.third, grad_c0};
+}
+
+ContextArgs context_args(const Gates& gates, const Norm& norm, const Tensor& c0) {
+  ContextArgs args;
+  args.dtype = dtype_of(gates.first);
+  args.state_dtype = dtype_of(c0);
+  args.B = gates.B();
+  args.T = gates.T();
+  args.D = gates.D;
+  args.norm = norm.params;
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c0 = view(c0);
+  return args;
+}
+
+Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
+  const Gates gates(f, i, d);
+  const Tensor c = with_contiguous_rows(c_);
+  const Norm norm(weight, bias, eps, clamp);
+  Tensor next = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
+  ContextArgs args = context_args(gates, norm, c);
+  args.c_last = view(next);
+  cpu::context_forward(args);
+  return next;
+}
+
+std::tuple<Tensor, Tensor> context_scan(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d,
+                                        const Tensor& c0_, const OptionalTensor& weight, const OptionalTensor& bias,
+                                        double eps, double clamp) {
+  const Gates gates(f, i, d);
+  const Tensor c0 = with_contiguous_rows(c0_);
+  const Norm norm(weight, bias, eps, clamp);
+  Tensor c = empty<3>({gates.B(), gates.T(), gates.D}, f.scalar_type(), f);
+  Tensor c_last = empty<2>({gates.B(), gates.D}, c0.scalar_type(), f);
+  ContextArgs args = context_args(gates, norm, c0);
+  args.c = view(c);
+  args.c_last = view(c_last);
+  cpu::context_forward(args);
+  return {c, c_last};
+}
+
+using ContextGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Of context_scan, and with c and grad_c absent of context_update (then grad_c_last is the gradient of its result).
+ContextGradients context_backward(const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& f,
+                                  const OptionalTensor& i, const OptionalTensor& d, const OptionalTensor& c_,
+                                  const Tensor& c0_, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  double eps, double clamp) {
+  const Gates gates(f, i, d);
+  GateGradients grads(gates);
+  const Norm norm(weight, bias, eps, clamp);
+  const Tensor c0 = with_contiguous_rows(c0_);
+  const OptionalTensor c = with_contiguous_rows(c_), grad_c = with_contiguous_rows(grad_c_);
+  const OptionalTensor grad_c_last = with_contiguous_rows(grad_c_last_);
+  Tensor grad_c0 = empty<2>({gates.B(), gates.D}, c0.scalar_type(), f);
+  Tensor grad_weight = empty<1>({gates.D}, acc_type(f), f), grad_bias = empty<1>({gates.D}, acc_type(f), f);
+  ContextBackwardArgs args;
+  args.dtype = dtype_of(gates.first);
+  args.state_dtype = dtype_of(c0);
+  args.B = gates.B();
+  args.T = gates.T();
+  args.D = gates.D;
+  args.norm = norm.params;
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c = view(c);
+  args.grad_c = view(grad_c);
+  args.c0 = view(c0);
+  args.grad_c_last = view(grad_c_last);
+  args.grad_f = grads.f;
+  args.grad_i = grads.i;
+  args.grad_d = grads.d;
+  args.grad_c0 = view(grad_c0);
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  cpu::context_backward(args);
+  return {grads.first, grads.second, grads.third, grad_c0, grad_weight, grad_bias};
+}
+
+ContextGradients context_update_backward(const Tensor& grad, const Tensor& f, const OptionalTensor& i,
+                                         const OptionalTensor& d, const Tensor& c, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, double eps, double clamp) {
+  return context_backward(std::nullopt, grad, f, i, d, std::nullopt, c, weight, bias, eps, clamp);
+}
+
+// x, residual: (..., D).
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const OptionalTensor& residual_,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      double eps) {
+  const Rows x(x_);
+  const std::optional<Rows> residual = rows_of(residual_);
+  const Norm norm(weight, bias, eps, 0);
+  LayerNormArgs args;
+  args.dtype = dtype_of(x_);
+  args.rows = x.count;
+  args.D = x.width;
+  args.norm = norm.params;
+  Tensor y = empty_of_shape(x_);
+  Tensor sum = residual ? empty_of_shape(x_) : empty<1>({0}, x_.scalar_type(), x_);
+  Tensor mean = empty<1>({args.rows}, acc_type(x_), x_), rstd = empty<1>({args.rows}, acc_type(x_), x_);
+  args.x = x.data();
+  args.x_stride = x.stride;
+  if (residual) {
+    args.residual = residual->data();
+    args.residual_stride = residual->stride;
+    args.sum = sum.data_ptr();
+  }
+  args.y = y.data_ptr();
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  cpu::layer_norm_forward(args);
+  return {y, sum, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_sum_,
+                                                       const Tensor& x_, const Tensor& mean, const Tensor& rstd,
+                                                       const OptionalTensor& weight) {
+  const Rows x(x_);
+  const std::optional<Rows> grad_y = rows_of(grad_y_), grad_sum = rows_of(grad_sum_);
+  const Norm norm(weight, std::nullopt, 0, 0);
+  LayerNormBackwardArgs args;
+  args.dtype = dtype_of(x_);
+  args.rows = x.count;
+  args.D = x.width;
+  args.norm = norm.params;
+  Tensor grad_x = empty_of_shape(x_);
+  Tensor grad_weight = empty<1>({args.D}, acc_type(x_), x_), grad_bias = empty<1>({args.D}, acc_type(x_), x_);
+  if (grad_y) {
+    args.grad_y = grad_y->data();
+    args.grad_y_stride = grad_y->stride;
+  }
+  if (grad_sum) {
+    args.grad_sum = grad_sum->data();
+    args.grad_sum_stride = grad_sum->stride;
+  }
+  args.x = x.data();
+  args.x_stride = x.stride;
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  args.grad_x = grad_x.data_ptr();
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  cpu::layer_norm_backward(args);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace newllm
+
+STABLE_TORCH_LIBRARY_IMPL(newllm_native, CPU, m) {
+  newllm::cpu::parallel_runner = newllm::run_in_pytorchs_pool;
+  newllm::cpu::thread_count = newllm::pytorchs_threads;
+  m.impl("scan", TORCH_BOX(&newllm::scan));
+  m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward));
+  m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan));
+  m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward));
+  m.impl("context_update", TORCH_BOX(&newllm::context_update));
+  m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
+  m.impl("context_scan", TORCH_BOX(&newllm::context_scan));
+  m.impl("context_scan_backward", TORCH_BOX(&newllm::context_backward));
+  m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward));
+}
+
+// Read by newllm_kernels.native through ctypes: the instruction set that this processor and NEWLLM_CPU_ISA lead to.
+extern "C" __attribute__((visibility("default"))) const char* newllm_active_isa() {
+  try {
+    return newllm::cpu::active_isa();
+  } catch (const std::exception&) {
+    return "";  // NEWLLM_CPU_ISA holds no known name; the first kernel call says so
+  }
+}

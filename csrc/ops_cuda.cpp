@@ -1,0 +1,101 @@
+// The CUDA kernels as PyTorch operators newllm_native::*. Built also beside a PyTorch without CUDA, so nothing here may
+// link against libtorch_cuda: the current stream is looked up in it at run time.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/kernels.h"
+#include "tensors.h"
+
+namespace newllm {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);  // a CUDA tensor exists, so it is loaded
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "newllm: this PyTorch does not tell its current CUDA stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error, const char* kernel) {
+  STD_TORCH_CHECK(error == cudaSuccess, "newllm: CUDA kernel ", kernel, ": ", cudaGetErrorString(error));
+}
+
+Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
+  const torch::stable::accelerator::DeviceGuard guard(f.get_device_index());
+  const Gates gates(f, i, d);
+  const Tensor c = with_contiguous_rows(c_);
+  const Norm norm(weight, bias, eps, clamp);
+  Tensor next = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
+  ContextArgs args;
+  args.dtype = dtype_of(gates.first);
+  args.state_dtype = dtype_of(c);
+  args.B = gates.B();
+  args.T = 1;
+  args.D = gates.D;
+  args.norm = norm.params;
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c0 = view(c);
+  args.c_last = view(next);
+  check(cuda::context_update_forward(args, current_stream(f.get_device_index())), "context_update");
+  return next;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_update_backward(
+    const Tensor& grad_, const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
+  const torch::stable::accelerator::DeviceGuard guard(f.get_device_index());
+  const Gates gates(f, i, d);
+  GateGradients grads(gates);
+  const Tensor c = with_contiguous_rows(c_), grad = with_contiguous_rows(grad_);
+  const Norm norm(weight, bias, eps, clamp);
+  Tensor grad_c = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
+  Tensor grad_weight = empty<1>({gates.D}, ScalarType::Float, f), grad_bias = empty<1>({gates.D}, ScalarType::Float, f);
+  Tensor partial = empty<3>({2, cuda::context_update_blocks(gates.B()), gates.D}, ScalarType::Float, f);
+  ContextBackwardArgs args;
+  args.dtype = dtype_of(gates.first);
+  args.state_dtype = dtype_of(c);
+  args.B = gates.B();
+  args.T = 1;
+  args.D = gates.D;
+  args.norm = norm.params;
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c0 = view(c);
+  args.grad_c_last = view(grad);
+  args.grad_f = grads.f;
+  args.grad_i = grads.i;
+  args.grad_d = grads.d;
+  args.grad_c0 = view(grad_c);
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  check(cuda::context_update_backward(args, static_cast<float*>(partial.data_ptr()),
+                                      current_stream(f.get_device_index())),
+        "context_update_backward");
+  return {grads.first, grads.second, grads.third, grad_c, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace newllm
+
+STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
+  m.impl("context_update", TORCH_BOX(&newllm::context_update));
+  m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
+}
+
+// Read by newllm_kernels.native through ctypes.
+extern "C" __attribute__((visibility("default"))) int64_t newllm_context_update_max_width(int device) {
+  return newllm::cuda::context_update_max_width(device);
+}

@@ -1,0 +1,38 @@
+"""The command `newllm`. Exit codes: 0 done, 2 one line says what the user can do about it, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from newllm.cli.parser import build_parser
+from newllm.errors import UserError, one_line, os_reason
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors of use are one line on stderr, never a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a text half-way
+    try:
+        args = build_parser().parse_args(argv)
+        return args.command(args)
+    except SystemExit as stop:  # argparse: --help, --version, errors of usage
+        return int(stop.code or 0)
+    except UserError as error:
+        return _fail(error)
+    except BrokenPipeError:  # `newllm generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it exits
+        return BROKEN_PIPE
+    except OSError as error:
+        return _fail(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
+    except KeyboardInterrupt:
+        print("newllm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(message: object) -> int:
+    print(f"newllm: error: {one_line(message)}", file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,44 @@
+"""`newllm compare`"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from newllm import compare
+from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
+from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
+from newllm.cli.train import NEW_RUN_FIELDS, shown
+from newllm.errors import UserError
+from newllm.run import Run, new_run, runs_root
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = _interrupted(args) if args.resume else _prepared(args)
+    for contestant in compare.contestants(folder.path):
+        print(f"\n=== {contestant.path.name}", flush=True)
+        code = compare.train(contestant)
+        if code:
+            print(f"go on with: newllm compare --resume {shlex.quote(shown(folder.path))}")
+            return code
+    rows = compare.report(folder.path)
+    print(f"\n{compare.table(rows)}\n")
+    print(f"unigram perplexity  {rows[0]['unigram_perplexity']:,.2f}")
+    print(f"figures and plot    {shown(folder.path)}/compare.json, compare.png")
+    return 0
+
+
+def _prepared(args: argparse.Namespace) -> Run:
+    model, config = model_settings(args), training_settings(args)
+    folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
+    compare.prepare(folder, model, config, data_settings(args, model))
+    return folder
+
+
+def _interrupted(args: argparse.Namespace) -> Run:
+    fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
+    if refused := sorted(field for field in fields if hasattr(args, field)):
+        names = ", ".join("--" + field.replace("_", "-") for field in refused)
+        raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")
+    named = runs_root() / args.resume
+    return Run(named if named.is_dir() else Run(type(named)(args.resume)).path)

@@ -1,0 +1,187 @@
+"""What the command line understands. Imports nothing heavy, so that --help and typing errors answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
+
+import newllm
+
+# Options of the model: flag, field of ModelConfig, type or choices, help.
+MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--architecture", "architecture", ("newllm", "classic", "transformer"), "kind of model"),
+    ("--embed-dim", "embed_dim", int, "E, width of embeddings and of the residual stream"),
+    ("--hidden-dim", "hidden_dim", int, "H, width of the network that computes the gates"),
+    ("--context-dim", "context_dim", int, "D, width of a context vector"),
+    ("--layers", "num_layers", int, "layers"),
+    ("--ffn-dim", "ffn_dim", int, "F, inner width of the feed-forward networks"),
+    ("--fnn-layers", "fnn_layers", int, "linear layers between input and gates"),
+    ("--activation", "activation", ("relu", "gelu", "silu", "tanh"), "of those layers"),
+    ("--coupling", "coupling", ("none", "hops", "full"), "what the gates see of the context"),
+    ("--hops", "hops", int, "K of coupling hops (implies it)"),
+    ("--norm", "norm", ("state", "output", "none"), "LayerNorm in the loop, on what is read out, or none"),
+    ("--clamp", "clamp", float, "bound of the normalised context"),
+    ("--dropout", "dropout", float, "dropout"),
+    ("--heads", "num_heads", int, "attention heads (Transformer)"),
+    ("--max-seq-len", "max_seq_len", int, "attention window in tokens (Transformer)"),
+)
+
+# Options of training: flag, field of TrainingConfig, type or choices, help. Defaults are the preset's.
+TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--steps", "steps", int, "optimizer steps"),
+    ("--batch-size", "batch_size", int, "B, streams of text read side by side"),
+    ("--segment", "segment", int, "T, tokens of a stream per forward pass; the context is carried on"),
+    ("--grad-accum", "grad_accum", int, "segments per optimizer step"),
+    ("--lr", "lr", float, "peak learning rate"),
+    ("--min-lr", "min_lr", float, "learning rate at the end, as a fraction of --lr"),
+    ("--warmup", "warmup", int, "steps of linear warm-up"),
+    ("--weight-decay", "weight_decay", float, "AdamW's, on matrices only"),
+    ("--beta2", "beta2", float, "AdamW's"),
+    ("--clip", "clip", float, "norm that gradients are clipped to"),
+    ("--eval-every", "eval_every", int, "steps between evaluations"),
+    ("--eval-tokens", "eval_tokens", int, "validation tokens of an evaluation during training (the last takes all)"),
+    ("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints"),
+    ("--log-every", "log_every", int, "steps between lines of metrics.jsonl"),
+    ("--seed", "seed", int, "of weights, dropout and data order"),
+    ("--device", "device", str, "auto, cpu, cuda or cuda:N"),
+    ("--precision", "precision", ("auto", "float32", "bfloat16"), "auto: bfloat16 autocast on a GPU"),
+    ("--threads", "threads", int, "CPU threads; 0: as PyTorch chooses"),
+)
+
+# What may change when a run is resumed; all else is the run's own.
+RESUME_OPTIONS = {"--steps": "steps", "--device": "device", "--threads": "threads"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, `newllm: error: ...`, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog if self.prog != "newllm" else "newllm"
+        self.exit(2, f"newllm: error: {' '.join(message.split())} (see {command} --help)\n")
+
+
+def _command(module: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        return import_module(module).run(args)
+
+    return run
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="newllm", description="Train, measure and talk with New-LLM.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"newllm {newllm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
+
+    def add(name: str, summary: str, description: str) -> Parser:
+        sub = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+        sub.set_defaults(command=_command(f"newllm.cli.{name}"))
+        return sub
+
+    _train_options(add("train", "train a model on a text", TRAIN_TEXT))
+    _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
+    _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
+    _compare_options(add("compare", "New-LLM against a Transformer of its size", COMPARE_TEXT))
+    return parser
+
+
+TRAIN_TEXT = (
+    "Train a model. With no options: preset tiny on the Python Language Reference that ships inside Python, a few minutes "
+    "on two CPU cores. Ctrl-C saves and stops; --resume goes on, as it does after a crash."
+)
+EVAL_TEXT = (
+    "Perplexity of a run's best checkpoint, beside that of word counts alone (the unigram model of its training text)."
+)
+GENERATE_TEXT = "Write on from a prompt with a run's best checkpoint, at constant memory however long the text."
+COMPARE_TEXT = (
+    "Train New-LLM and a Transformer with the same number of parameters on the same data for the same steps, and print one "
+    "table: perplexity, tokens/s, peak memory, state at generation."
+)
+
+
+def _train_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with a run (name, path or 'latest') from its last checkpoint; "
+        f"beside it only {', '.join(RESUME_OPTIONS)} and --stop-after may be given",
+    )  # fmt: skip
+    parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N steps of this session")
+    parser.add_argument("--compile", action="store_true", default=argparse.SUPPRESS, help="torch.compile the model")
+    _new_run_options(parser)
+
+
+def _compare_options(parser: Parser) -> None:
+    parser.add_argument("--resume", metavar="PATH", help="go on with a comparison that was interrupted (a folder)")
+    _new_run_options(parser)
+
+
+def _new_run_options(parser: Parser) -> None:
+    """Of every command that makes a run. Absent options leave no trace in the namespace: the preset decides."""
+    data = parser.add_argument_group("data")
+    run = parser.add_argument_group("run folder")
+    model = parser.add_argument_group("model", "each overrides the preset")
+    training = parser.add_argument_group("training", "each overrides what the preset trains with")
+
+    def option(group: argparse._ArgumentGroup, flag: str, field: str, kind: Any, text: str) -> None:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
+        group.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **how)
+
+    option(data, "--data", "data", str, "builtin (default), a file or folder of .txt, .jsonl, .json, .parquet (also .gz, .xz), "
+           "or hub:NAME[:CONFIGURATION]; a folder with train.* and valid.* keeps its split")  # fmt: skip
+    option(data, "--text-field", "text_field", str, "field or column that holds the text (default: text)")
+    option(data, "--tokenizer", "tokenizer", str, "bpe (default), word, or a tokenizer.json or run to take it from")
+    option(
+        data, "--vocab-size", "vocab_size", int, "most tokens of the vocabulary (default: bpe the preset's, word all)"
+    )
+    option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: preset and time)")
+    option(run, "--out", "out", str, "its path, instead of a name")
+    option(model, "--preset", "preset", str, "tiny (default), classic, 40m or 100m")
+    for flag, field, kind, text in MODEL_OPTIONS:
+        option(model, flag, field, kind, text)
+    model.add_argument("--no-tie-embeddings", dest="tie_embeddings", action="store_false", default=argparse.SUPPRESS,
+                       help="an output matrix of its own")  # fmt: skip
+    for flag, field, kind, text in TRAINING_OPTIONS:
+        option(training, flag, field, kind, text)
+
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+def _run_options(parser: Parser) -> None:
+    """Of every command that uses a trained run."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as PyTorch chooses)")
+
+
+def _eval_options(parser: Parser) -> None:
+    parser.add_argument("run", nargs="?", default="latest", help="name or path of a run (default: latest)")
+    parser.add_argument("--data", help="another text than the run's own: as in newllm train")
+    parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test", "all"),
+        help="what to score (default: valid and test; of --data without such a split, all of it)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    _run_options(parser)
+
+
+def _generate_options(parser: Parser) -> None:
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text to go on from (default: the start of a text)"
+    )
+    parser.add_argument("--run", default="latest", help="name or path of a run (default: latest)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest tokens that make up X only")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same text every time (default: another each time)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
+    parser.add_argument(
+        "--stop-at-eos", action="store_true", help="stop where the model ends its text (word: its line)"
+    )
+    _run_options(parser)
+
+
+if __name__ == "__main__":
+    build_parser().print_help(sys.stdout)

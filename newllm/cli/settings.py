@@ -1,0 +1,57 @@
+"""From parsed options to configurations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+
+import torch
+
+from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
+from newllm.config import ModelConfig, preset
+from newllm.errors import UserError, arguments_are_the_users
+from newllm.prepare import Data, prepare_data
+from newllm.training import TRAINING_PRESETS, TrainingConfig, choose_device
+
+
+def model_settings(args: argparse.Namespace) -> ModelConfig:
+    """The preset with the options given put over it. Raises UserError where they make no model."""
+    fields = [field for _, field, _, _ in MODEL_OPTIONS] + ["tie_embeddings"]
+    given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
+    if given.get("norm") == "none":
+        given["norm"] = None
+    if "hops" in given:
+        given.setdefault("coupling", "hops")
+    elif given.get("coupling", "hops") != "hops":
+        given["hops"] = 1  # whatever the preset has
+    with arguments_are_the_users():
+        return dataclasses.replace(preset(getattr(args, "preset", "tiny")), **given)
+
+
+def training_settings(args: argparse.Namespace) -> TrainingConfig:
+    fields = [field for _, field, _, _ in TRAINING_OPTIONS] + ["compile"]
+    given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
+    config = dataclasses.replace(TRAINING_PRESETS[getattr(args, "preset", "tiny")], **given)
+    choose_device(config.device)  # a device that is not there is better said before the data is read
+    return config
+
+
+def data_settings(args: argparse.Namespace, model: ModelConfig) -> Data:
+    """Read and tokenise what --data names."""
+    tokenizer = getattr(args, "tokenizer", "bpe")
+    vocab_size = getattr(args, "vocab_size", model.vocab_size if tokenizer == "bpe" else None)
+    return prepare_data(getattr(args, "data", "builtin"), tokenizer, vocab_size, getattr(args, "text_field", "text"))
+
+
+def default_name(args: argparse.Namespace) -> str:
+    return f"{getattr(args, 'preset', 'tiny')}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def device_settings(args: argparse.Namespace) -> torch.device:
+    """The device of eval and generate; also sets the number of threads."""
+    if args.threads < 0:
+        raise UserError(f"--threads: got {args.threads}, wanted 0 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return choose_device(args.device)

@@ -1,0 +1,111 @@
+"""New-LLM against a Transformer: the same number of parameters, data, steps and trainer.
+
+Each model trains in a process of its own (`newllm train --resume`), so that peak memory is that of one model and a
+comparison that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm import checkpoint, plots
+from newllm.config import ModelConfig, transformer_like
+from newllm.errors import UserError, arguments_are_the_users
+from newllm.model import build_model, state_bytes
+from newllm.prepare import Data, new_trainer
+from newllm.run import Run
+from newllm.training import TrainingConfig
+
+BASELINE = "transformer"
+
+
+def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> None:
+    """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet."""
+    model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
+    if model.architecture == BASELINE:
+        raise UserError(f"--architecture {BASELINE}: compare wants the model to set against the {BASELINE}")
+    with arguments_are_the_users():
+        baseline = transformer_like(model)
+    # Longer positions than a segment has would be used at evaluation without ever having been trained.
+    baseline = dataclasses.replace(baseline, max_seq_len=config.segment)
+    for contestant in (model, baseline):
+        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data)
+
+
+def contestants(folder: Path) -> list[Run]:
+    """The runs of a comparison, the Transformer last. Raises UserError where `folder` is not one."""
+    runs = [Run(config.parent) for config in folder.glob("*/config.json")]
+    names = [run.path.name for run in runs]
+    if len(runs) != 2 or BASELINE not in names:
+        raise UserError(
+            f"{folder}: not the folder of a comparison (it holds the runs: {', '.join(sorted(names)) or 'none'})"
+        )
+    return sorted(runs, key=lambda run: run.path.name == BASELINE)
+
+
+def train(run: Run) -> int:
+    """Train one contestant to its end in a process of its own; returns its exit code."""
+    code = subprocess.run([sys.executable, "-m", "newllm", "train", "--resume", str(run.path)], check=False).returncode
+    if code < 0:
+        raise UserError(
+            f"training {run.path} was killed by signal {-code}; go on with: newllm compare --resume {run.path.parent}"
+        )
+    return code
+
+
+def report(folder: Path) -> list[dict[str, Any]]:
+    """One row of figures per model, also written to compare.json, and drawn in compare.png."""
+    runs = contestants(folder)
+    rows = [_row(run) for run in runs]
+    checkpoint.write_json(folder / "compare.json", {"models": rows})
+    plots.compare_plot(rows, {run.path.name: run.metrics() for run in runs}, folder / "compare.png")
+    return rows
+
+
+def _row(run: Run) -> dict[str, Any]:
+    summary = checkpoint.read_json(run.summary_file)
+    config = run.model_config()
+    row = {"model": run.path.name, "parameters": summary["parameters"], "perplexity": summary["valid"]["perplexity"]}
+    if "test" in summary:
+        row["test_perplexity"] = summary["test"]["perplexity"]
+    return row | {
+        "unigram_perplexity": summary["valid"]["unigram_perplexity"],
+        "tokens_per_s": summary["tokens_per_s"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "state_bytes": generation_state_bytes(config),
+        "config": config.to_dict(),
+    }
+
+
+def generation_state_bytes(config: ModelConfig) -> int:
+    """Bytes a model remembers of one text that is longer than its window."""
+    model = build_model(config).eval()
+    tokens = torch.zeros(1, 1 if model.carries_context else config.max_seq_len, dtype=torch.int64)
+    with torch.inference_mode():
+        return state_bytes(model(tokens)[1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as text, one line per model."""
+    columns = [
+        ("model", "model", str),
+        ("parameters", "parameters", "{:,}".format),
+        ("perplexity", "perplexity", "{:,.2f}".format),
+    ]
+    if "test_perplexity" in rows[0]:
+        columns.append(("test_perplexity", "test", "{:,.2f}".format))
+    columns += [
+        ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+        ("peak_memory_bytes", "peak memory", lambda size: f"{size / 2**20:,.0f} MiB"),
+        ("state_bytes", "state at generation", lambda size: f"{size / 2**10:,.1f} KiB"),
+    ]
+    cells = [[title for _, title, _ in columns]] + [[show(row[key]) for key, _, show in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

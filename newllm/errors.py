@@ -1,0 +1,31 @@
+"""The one exception a person who uses newllm is meant to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """What went wrong and what to do about it, in one line; the command line prints it and exits with code 2."""
+
+
+def one_line(message: object) -> str:
+    """The message on a single line, whatever line breaks a library put into it."""
+    return " ".join(str(message).split())
+
+
+def os_reason(error: OSError) -> str:
+    """The operating system's words for an error, without errno and without the path."""
+    return error.strerror or one_line(error) or type(error).__name__
+
+
+@contextmanager
+def arguments_are_the_users() -> Iterator[None]:
+    """Turn the ValueError or TypeError by which a library refuses an argument into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(one_line(error)) from error

@@ -1,0 +1,145 @@
+"""The context cell and the context mixer: the recurrence of New-LLM, under its three couplings.
+
+    h_t = FNN([x_t ; r_{t-1}])                               r: what is read of the context
+    f_t, i_t, d_t = W_g h_t + b_g
+    u_t = sigmoid(f_t) * c_{t-1} + sigmoid(i_t) * tanh(d_t)
+
+    norm="state"    c_t = clamp(LayerNorm(u_t))     r_t = c_t
+    norm="output"   c_t = u_t                       r_t = clamp(LayerNorm(c_t))
+    norm=None       c_t = u_t                       r_t = c_t
+
+    coupling="none"   the FNN sees x_t only: one scan over time
+    coupling="hops"   hop k sees the context of hop k - 1, c^(0) = 0; same weights at every hop: K scans over time
+    coupling="full"   the FNN sees its own last context: T steps, one after the other
+
+Hops approach the full cell from outside in time: after K hops the first K - 1 contexts are those of coupling="full".
+"""
+
+from __future__ import annotations
+
+import torch
+from newllm_kernels import LayerNorm, context_scan_packed, context_update_packed, gated_scan_packed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from newllm.config import ModelConfig
+from newllm.model.common import ACTIVATION, init_linear
+
+
+class ContextCell(nn.Module):
+    """Contexts of a whole sequence, and the state to go on from. See the formulas at the top of this file.
+
+    The first linear layer of the FNN is split by its input, W [x ; r] = W_x x + W_r r, so that the x part is one matrix
+    product for all T. Its output, the pre-activation `z`, is H wide, or 3D where fnn_layers=0: then z are the gates.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, H, D = config.embed_dim, config.hidden_dim, config.context_dim
+        self.coupling, self.hops, self.norm_kind, self.clamp = config.coupling, config.hops, config.norm, config.clamp
+        self.activation = ACTIVATION[config.activation]
+        # The classic cell reads its last hop too; a mixer of one hop has no context to read, and no weights for it.
+        reads_context = config.coupling == "full" or config.hops > 1 or config.architecture == "classic"
+
+        first_width = H if config.fnn_layers else 3 * D
+        self.from_x = nn.Linear(E, first_width)
+        self.from_context = nn.Linear(D, first_width, bias=False) if reads_context else None
+        self.hidden_layers = nn.ModuleList(nn.Linear(H, H) for _ in range(config.fnn_layers - 1))
+        self.to_gates = nn.Linear(H, 3 * D) if config.fnn_layers else None
+        self.norm = LayerNorm(D) if config.norm else None
+        # A zero start would make LayerNorm's 1/std explode on the first step, hence a learned one of unit variance.
+        self.start = nn.Parameter(torch.randn(D))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        reads = () if self.from_context is None else (self.from_context,)
+        fan_in = self.from_x.in_features + sum(linear.in_features for linear in reads)
+        for linear in (self.from_x, *reads):
+            init_linear(linear, fan_in)
+        for linear in self.hidden_layers:
+            init_linear(linear)
+        gates = self.from_x
+        if self.to_gates is not None:
+            init_linear(self.to_gates)
+            gates = self.to_gates
+        with torch.no_grad():  # memories from two to some fifty steps long, from the first step of training on
+            D = self.start.numel()
+            gates.bias[:D] = torch.linspace(0.0, 4.0, D)
+
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
+        """The learned start, once per hop: (B, K, D), float32 (float64 for a float64 model)."""
+        dtype = torch.float64 if self.start.dtype == torch.float64 else torch.float32
+        return self.start.to(device=device, dtype=dtype).repeat(batch_size, self.hops, 1)
+
+    def hidden(self, z: Tensor) -> Tensor:
+        """Rest of the FNN: pre-activation z (..., H) of the first layer -> h (..., H)."""
+        h = self.activation(z)
+        for layer in self.hidden_layers:
+            h = self.activation(layer(h))
+        return h
+
+    def gates(self, z: Tensor) -> Tensor:
+        """z -> packed pre-activations [f | i | d] (..., 3D)."""
+        return z if self.to_gates is None else self.to_gates(self.hidden(z))
+
+    def read(self, c: Tensor) -> Tensor:
+        """Contexts c (..., D) -> what is read of them, r (..., D)."""
+        return self.norm(c).clamp(-self.clamp, self.clamp) if self.norm_kind == "output" else c
+
+    def with_context(self, from_x: Tensor, c: Tensor) -> Tensor:
+        """z = W_x x + W_r r, of from_x = W_x x (..., Z) and the contexts c (..., D) before it."""
+        return from_x + self.from_context(self.read(c).to(from_x.dtype))
+
+    def forward(self, from_x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """from_x = self.from_x(x) (B, T, Z), state (B, K, D) -> (contexts (B, T, D), new state (B, K, D))."""
+        if self.coupling == "full":
+            contexts, last = self._step_through(from_x, state[:, 0])
+            return contexts, last[:, None]
+
+        z, ends = from_x, []  # the first hop reads c^(0) = 0
+        for k in range(self.hops):
+            if k > 0:
+                z = self.with_context(from_x, shift(contexts, state[:, k - 1]))
+            contexts, end = self._scan(self.gates(z), state[:, k])  # (B, T, D), (B, D)
+            ends.append(end)
+        return contexts, torch.stack(ends, dim=1)
+
+    def _step_through(self, from_x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        contexts = []
+        for from_x_t in from_x.unbind(1):  # T times (B, Z)
+            c = self._update(self.gates(self.with_context(from_x_t, c)), c)
+            contexts.append(c)
+        return torch.stack(contexts, dim=1), c
+
+    def _scan(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """All steps: gates (B, T, 3D), c (B, D) -> contexts (B, T, D) of the gates' dtype, last (B, D) of c's."""
+        if self.norm_kind == "state":
+            return context_scan_packed(gates, c, self.norm.weight, self.norm.bias, self.norm.eps, self.clamp)
+        return gated_scan_packed(gates, c)
+
+    def _update(self, gates: Tensor, c: Tensor) -> Tensor:
+        """One step: gates (B, 3D), c (B, D) -> new c (B, D)."""
+        if self.norm_kind == "state":
+            return context_update_packed(gates, c, self.norm.weight, self.norm.bias, self.norm.eps, self.clamp)
+        return gated_scan_packed(gates[:, None], c)[1]
+
+
+def shift(contexts: Tensor, start: Tensor) -> Tensor:
+    """The context before each step: contexts (B, T, D), start (B, D) -> (B, T, D), at t the context of t - 1."""
+    return torch.cat((start[:, None].to(contexts.dtype), contexts[:, :-1]), dim=1)
+
+
+class ContextMixer(nn.Module):
+    """Mixes along time: y_t = W_o (r_t * silu(W_s x_t)), r_t what the cell's context reads as after step t."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.cell = ContextCell(config)
+        self.output_gate = nn.Linear(config.embed_dim, config.context_dim, bias=False)
+        self.out = nn.Linear(config.context_dim, config.embed_dim, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, E), state (B, K, D) -> (y (B, T, E), new state (B, K, D))."""
+        contexts, state = self.cell(self.cell.from_x(x), state)
+        r = self.cell.read(contexts)  # (B, T, D)
+        return self.out(r * F.silu(self.output_gate(x))), state

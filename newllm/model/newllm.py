@@ -1,0 +1,79 @@
+"""New-LLM: a residual stack of context mixers and feed-forward networks.
+
+    x = embedding(tokens)                        (B, T, E)
+    L times:  x = x + mixer(LayerNorm(x))        memory: along time, through contexts of fixed size
+              x = x + ffn(LayerNorm(x))          thought: along features
+    logits = head(LayerNorm(x))                  (B, T, V), the head tied to the embedding
+
+All it remembers of a text is K context vectors a layer, however long the text.
+"""
+
+from __future__ import annotations
+
+import torch
+from newllm_kernels import LayerNorm
+from torch import Tensor, nn
+
+from newllm.config import ModelConfig
+from newllm.model.common import LanguageModel, State, SwiGLU, init_linear
+from newllm.model.mixer import ContextMixer
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = LayerNorm(config.embed_dim)
+        self.mixer = ContextMixer(config)
+        self.ffn_norm = LayerNorm(config.embed_dim)
+        self.ffn = SwiGLU(config.embed_dim, config.ffn_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, E), state (B, K, D) -> the same, one layer on and T steps on."""
+        y, state = self.mixer(self.mixer_norm(x), state)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, state
+
+
+class NewLLM(LanguageModel):
+    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(config.embed_dim)
+        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        else:
+            nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            init_linear(block.mixer.output_gate)
+            init_linear(block.ffn.gate_and_value)
+            for out in (block.mixer.out, block.ffn.out):  # every block begins as the identity: measured best
+                nn.init.zeros_(out.weight)
+
+    def _keys(self) -> list[str]:
+        return [f"layers.{n}.context" for n in range(len(self.blocks))]
+
+    def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
+        cells = (block.mixer.cell for block in self.blocks)
+        return {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+        self.check_inputs(tokens, state, self._keys())
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        x = self.dropout(self.embedding(tokens))  # (B, T, E)
+        new_state = {}
+        for key, block in zip(self._keys(), self.blocks, strict=True):
+            x, new_state[key] = block(x, state[key])
+        return self.head(self.final_norm(x)), new_state

@@ -1,0 +1,110 @@
+"""From options to a Trainer: make a new run folder, or open an old one as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from newllm import checkpoint
+from newllm.config import ModelConfig
+from newllm.data import Corpus, load_corpus, tokenise
+from newllm.errors import UserError
+from newllm.run import Run
+from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from newllm.training import Trainer, TrainingConfig
+
+
+@dataclass
+class Data:
+    """A corpus as tokens: `tokens` by split, and where they came from."""
+
+    spec: str
+    text_field: str
+    corpus: Corpus
+    tokenizer: Tokenizer
+    tokens: dict[str, np.ndarray]
+
+
+def prepare_data(
+    spec: str, tokenizer: str | Tokenizer, vocab_size: int | None = None, text_field: str = "text"
+) -> Data:
+    """Read a corpus and tokenise it, with a tokenizer at hand, one to be trained ("bpe", "word") or one in a file or run."""
+    corpus = load_corpus(spec, text_field)
+    if isinstance(tokenizer, str):
+        tokenizer = _tokenizer_for(tokenizer, corpus.splits["train"], vocab_size)
+    tokens = {split: tokenise(documents, tokenizer, f"tokens, {split}") for split, documents in corpus.splits.items()}
+    return Data(spec, text_field, corpus, tokenizer, tokens)
+
+
+def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> Tokenizer:
+    if name in KINDS:
+        return train_tokenizer(name, documents, vocab_size)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"--tokenizer {name}: wanted {' or '.join(KINDS)}, or a tokenizer.json or run folder to take it from"
+        )
+    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"--tokenizer {name}: has a vocabulary of {tokenizer.vocab_size} tokens,"
+            f" larger than the model's --vocab-size {vocab_size}"
+        )
+    return tokenizer
+
+
+def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> Trainer:
+    """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on.
+
+    The model takes the tokenizer's vocabulary. A Transformer's window is the segment it is trained on where it would be
+    longer: it never learns what lies further back.
+    """
+    model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
+    if model.architecture == "transformer" and model.max_seq_len > config.segment:
+        model = dataclasses.replace(model, max_seq_len=config.segment)
+    threads = config.threads or torch.get_num_threads()  # sums depend on it: a resumed run must use as many
+    config = dataclasses.replace(config, threads=threads)
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"])
+    run.make()
+    checkpoint.write_text(run.tokenizer_file, data.tokenizer.to_json())
+    run.save_unigram(np.bincount(data.tokens["train"], minlength=model.vocab_size))
+    trainer.save()
+    # A path is made absolute, so that the run can be resumed from another folder.
+    spec = str(Path(data.spec).expanduser().resolve()) if Path(data.spec).expanduser().exists() else data.spec
+    write_config(run, model, config, {"corpus": spec, "text_field": data.text_field})
+    return trainer
+
+
+def write_config(run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str]) -> None:
+    checkpoint.write_json(
+        run.config_file, {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data}
+    )
+
+
+def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
+    """The trainer of a run as its last checkpoint left it. `changes`: training settings that may differ (steps, device)."""
+    stored = run.config()
+    model = run.model_config()
+    config = dataclasses.replace(TrainingConfig.from_dict(stored["training"]), **changes)
+    for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
+        stale.unlink()
+    data = run_data(run, model)
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"])
+    trainer.load()
+    if trainer.step > config.steps:
+        raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")
+    if changes:
+        write_config(run, model, config, stored["data"])
+    return trainer, data
+
+
+def run_data(run: Run, model: ModelConfig) -> Data:
+    """The data of a run, read again."""
+    stored = run.config()["data"]
+    if not isinstance(stored.get("corpus"), str) or not isinstance(stored.get("text_field"), str):
+        raise UserError(f"{run.config_file}: 'data' must name a corpus and a text_field")
+    return prepare_data(stored["corpus"], run.tokenizer(model), text_field=stored["text_field"])

@@ -1,0 +1,66 @@
+"""One step of the cell, in plain PyTorch: the definition of `context_update`.
+
+    u = sigmoid(f) * c + sigmoid(i) * tanh(d)
+    c' = clamp(LayerNorm(u), -clamp, clamp)
+
+    f, i, d, c (B, D)   weight, bias (D,)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from newllm_kernels import gates
+from newllm_kernels.layer_norm.reference import affine, grad_normalise, normalise
+from newllm_kernels.numerics import acc_dtype
+
+ContextGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def step(
+    f: Tensor, i: Tensor, d: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, clamp: float
+) -> Tensor:
+    """The formula itself; everything in the accumulation type."""
+    u = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(d)
+    xhat, _, _ = normalise(u, eps)
+    return affine(xhat, weight, bias).clamp(-clamp, clamp)
+
+
+def step_backward(
+    grad: Tensor, f: Tensor, i: Tensor, d: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    clamp: float,
+) -> ContextGradients:
+    """Its chain rule, written out: gradients of f, i, d, c, weight and bias; everything in the accumulation type."""
+    forget, write, delta = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)
+    xhat, _, rstd = normalise(forget * c + write * delta, eps)
+    y = affine(xhat, weight, bias)
+    dy = grad.masked_fill((y > clamp) | (y < -clamp), 0)
+    du = grad_normalise(dy if weight is None else dy * weight, xhat, rstd)
+    return (
+        du * c * forget * (1 - forget),
+        du * delta * write * (1 - write),
+        du * write * (1 - delta * delta),
+        du * forget,
+        (dy * xhat).sum(dim=0),
+        dy.sum(dim=0),
+    )
+
+
+def context_update(
+    f: Tensor, i: Tensor | None, d: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    clamp: float,
+) -> Tensor:
+    """The new context in c's dtype; differentiable by PyTorch's own autograd."""
+    return step(*gates.split(f, i, d), c.to(acc_dtype(f.dtype)), weight, bias, eps, clamp).to(c.dtype)
+
+
+def context_update_backward(
+    grad: Tensor, f: Tensor, i: Tensor | None, d: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float, clamp: float,
+) -> ContextGradients:
+    acc = acc_dtype(f.dtype)
+    *grads, grad_c, grad_weight, grad_bias = step_backward(
+        grad.to(acc), *gates.split(f, i, d), c.to(acc), weight, bias, eps, clamp
+    )
+    return *gates.join(tuple(grads), f, i, d), grad_c.to(c.dtype), grad_weight, grad_bias

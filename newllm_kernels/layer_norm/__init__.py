@@ -1,0 +1,132 @@
+"""`layer_norm` and `add_layer_norm`: LayerNorm over the last dimension, one pass over memory, statistics in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from newllm_kernels import backends, checks
+from newllm_kernels.layer_norm import reference
+from newllm_kernels.numerics import acc_dtype
+from newllm_kernels.operator import define
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension.
+
+    Args:
+        x: (..., D), float32, bfloat16, float16 or float64, of at least one dimension.
+        weight, bias: (D,) of any of these dtypes, or None for 1 and 0.
+        eps: added to the (biased) variance.
+
+    Returns:
+        y (..., D) in x's dtype. Mean, variance and sums are in float32 (float64 beside float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was wanted.
+
+    Formula: Ba, Kiros and Hinton, "Layer normalization" (2016), equation 3, per row.
+
+    >>> import torch, newllm_kernels as nk
+    >>> nk.layer_norm(torch.tensor([[1.0, 3.0]]), eps=0.0).tolist()
+    [[-1.0, 1.0]]
+    """
+    checks.tensor("x", x, "." * max(1, x.dim() if isinstance(x, Tensor) else 1))
+    D = x.shape[-1]
+    weight, bias = checks.affine("weight", weight, D, "x", x), checks.affine("bias", bias, D, "x", x)
+    return _layer_norm(x, None, weight, bias, checks.eps(eps))[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The seam of a residual stack in one pass: sum = x + residual, y = LayerNorm(sum).
+
+    Args:
+        x, residual: (..., D) of one dtype.
+        weight, bias, eps: as in `layer_norm`.
+
+    Returns:
+        (y, sum), both (..., D) in x's dtype, both differentiable. What is normalised is the stored sum.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was wanted.
+
+    >>> import torch, newllm_kernels as nk
+    >>> y, total = nk.add_layer_norm(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 2.0]]), eps=0.0)
+    >>> y.tolist(), total.tolist()
+    ([[-1.0, 1.0]], [[1.0, 3.0]])
+    """
+    checks.tensor("x", x, "." * max(1, x.dim() if isinstance(x, Tensor) else 1))
+    checks.like("residual", residual, "x", x)
+    D = x.shape[-1]
+    weight, bias = checks.affine("weight", weight, D, "x", x), checks.affine("bias", bias, D, "x", x)
+    return _layer_norm(x, residual, weight, bias, checks.eps(eps))[:2]
+
+
+def _kernel(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.select("layer_norm", x, x.shape[-1]).forward(x, residual, weight, bias, eps)
+
+
+def _fake(x, residual, weight, bias, eps):
+    rows = x.numel() // x.shape[-1]
+    statistics = x.new_empty(rows, dtype=acc_dtype(x.dtype)), x.new_empty(rows, dtype=acc_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), *statistics
+
+
+def _kernel_backward(grad_y, grad_sum, x, mean, rstd, weight):
+    return backends.select("layer_norm", x, x.shape[-1]).backward(grad_y, grad_sum, x, mean, rstd, weight)
+
+
+def _fake_backward(grad_y, grad_sum, x, mean, rstd, weight):
+    D = x.shape[-1]
+    return x.new_empty(x.shape), mean.new_empty(D), mean.new_empty(D)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _ = inputs
+    _, total, mean, rstd = output
+    ctx.has_bias = bias is not None
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, mean, rstd)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if not ctx.has_residual:
+        grad_sum = None  # of the empty placeholder
+    if grad_y is None and grad_sum is None:
+        return None, None, None, None, None
+    x, weight, mean, rstd = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_y, grad_sum, x, mean, rstd, weight)
+    return (
+        grad_x, grad_x if ctx.has_residual else None, None if weight is None else grad_weight,
+        grad_bias if ctx.has_bias else None, None,
+    )  # fmt: skip
+
+
+_layer_norm_backward = define(
+    "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    _kernel_backward,
+    _fake_backward,
+)
+_layer_norm = define(
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+backends.register(
+    "layer_norm",
+    backends.Implementation(
+        "reference", reference.layer_norm, reference.layer_norm_backward, backends.supports_reference
+    ),
+)
+backends.register("layer_norm", backends.native_implementation("layer_norm", "cpu", backends.supports_cpu))

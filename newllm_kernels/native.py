@@ -1,0 +1,72 @@
+"""The compiled kernels: whether they are there, and what they hold.
+
+Two files are built beside this one: libnewllm_kernels (operators `newllm_native::*`, any Python, any PyTorch from 2.11
+on) and _C (what the build holds). Where they are missing, everything still runs on the `reference` backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Verdict(NamedTuple):
+    """Whether something can serve, and why (not)."""
+
+    ok: bool
+    reason: str
+
+
+LIBRARY = Path(__file__).with_name("libnewllm_kernels.so")
+
+
+@functools.cache
+def library() -> Verdict:
+    """Load the compiled kernels, once per process."""
+    if not LIBRARY.exists():
+        return Verdict(False, "the C++ kernels are not built; build them with: pip install -e .")
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return Verdict(False, f"{LIBRARY.name} does not load into PyTorch {torch.__version__}: {error}")
+    return Verdict(True, f"{LIBRARY.name} is loaded")
+
+
+def active_isa() -> str:
+    """The CPU instruction set in use: "baseline", "avx2" or "avx512"; capped by the variable NEWLLM_CPU_ISA."""
+    function = _handle().newllm_active_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the library was built with nvcc."""
+    return library().ok and hasattr(_handle(), "newllm_context_update_max_width")
+
+
+@functools.cache
+def cuda_context_update_max_width(device: int) -> int:
+    """Widest D that context_update's CUDA kernel takes on this device."""
+    function = _handle().newllm_context_update_max_width
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int(device))
+
+
+def build_info() -> dict[str, str]:
+    """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
+    try:
+        from newllm_kernels import _C
+    except ImportError as error:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise ImportError(f"newllm_kernels._C is not built for Python {version}: pip install -e .") from error
+    return _C.build_info()
+
+
+@functools.cache
+def _handle() -> ctypes.CDLL:
+    return ctypes.CDLL(str(LIBRARY))

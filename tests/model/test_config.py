@@ -1,0 +1,135 @@
+"""The config is data: it validates, survives JSON, and every preset finds its Transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from newllm.config import PRESETS, ModelConfig, count_parameters, preset, transformer_like
+from newllm.model import build_model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_json(name):
+    config = preset(name)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_round_trip_keeps_what_differs_from_the_defaults():
+    config = ModelConfig(vocab_size=7, coupling="hops", hops=3, norm=None, clamp=2, dropout=0.5, tie_embeddings=False)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["norm"] is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "lstm"),
+        ("architecture", ["newllm"]),
+        ("vocab_size", 0),
+        ("vocab_size", "4096"),
+        ("vocab_size", 4096.0),
+        ("embed_dim", True),
+        ("context_dim", -1),
+        ("num_layers", None),
+        ("fnn_layers", -1),
+        ("activation", "swish2"),
+        ("activation", None),
+        ("coupling", "half"),
+        ("hops", 0),
+        ("norm", "rms"),
+        ("clamp", 0.0),
+        ("clamp", float("inf")),
+        ("clamp", "10"),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("dropout", float("nan")),
+        ("tie_embeddings", 1),
+    ],
+)
+def test_bad_values_raise_and_name_the_field_and_the_value(field, value):
+    with pytest.raises(ValueError, match=field) as error:
+        ModelConfig.from_dict({field: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hops": 2}, "hops"),  # hops of a model that takes none
+        ({"architecture": "transformer", "embed_dim": 30, "num_heads": 4}, "num_heads"),
+        (
+            {"architecture": "transformer", "embed_dim": 12, "num_heads": 4},
+            "num_heads",
+        ),  # heads 3 wide: RoPE wants pairs
+        ({"architecture": "classic", "coupling": "none"}, "coupling"),
+        ({"architecture": "classic", "coupling": "full", "fnn_layers": 0}, "fnn_layers"),
+    ],
+)
+def test_fields_that_contradict_each_other_raise(values, named):
+    with pytest.raises(ValueError, match=f"ModelConfig.{named}"):
+        ModelConfig(**values)
+
+
+def test_from_dict_names_unknown_fields_and_the_wrong_type():
+    with pytest.raises(ValueError, match="n_layer, zeta"):
+        ModelConfig.from_dict({"zeta": 1, "n_layer": 2, "vocab_size": 10})
+    with pytest.raises(ValueError, match="list"):
+        ModelConfig.from_dict([("vocab_size", 10)])
+
+
+def test_config_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("tiny").vocab_size = 1
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'huge'.*classic, tiny, 40m, 100m"):
+        preset("huge")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", (1, 2)), ("40m", (38, 42)), ("100m", (95, 105))])
+def test_presets_are_as_large_as_they_are_called(name, millions):
+    assert millions[0] <= count_parameters(preset(name)) / 1e6 <= millions[1]
+
+
+def test_classic_preset_is_the_cell_of_the_design():
+    config = preset("classic")
+    assert (config.embed_dim, config.hidden_dim, config.context_dim, config.fnn_layers) == (256, 512, 256, 1)
+    assert (config.architecture, config.coupling, config.norm, config.clamp) == ("classic", "full", "state", 10.0)
+
+
+def test_count_parameters_counts_the_real_model():
+    config = dataclasses.replace(preset("tiny"), vocab_size=50)
+    assert count_parameters(config) == build_model(config).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *PRESETS.values(),
+        *(dataclasses.replace(preset(name), vocab_size=33278) for name in PRESETS),  # word-level WikiText-2
+        ModelConfig(vocab_size=60, embed_dim=16, hidden_dim=24, context_dim=20, ffn_dim=40),
+        ModelConfig(vocab_size=257, embed_dim=33, coupling="full", norm="state", tie_embeddings=False),
+    ],
+)
+def test_transformer_like_matches_parameters_within_two_percent(config):
+    like = transformer_like(config)
+    assert like.architecture == "transformer"
+    assert (like.vocab_size, like.dropout, like.max_seq_len) == (config.vocab_size, config.dropout, config.max_seq_len)
+    assert abs(count_parameters(like) / count_parameters(config) - 1) <= 0.02
+    assert ModelConfig.from_dict(like.to_dict()) == like
+
+
+def test_transformer_like_of_a_transformer_is_itself():
+    config = transformer_like(preset("tiny"))
+    assert transformer_like(config) is config
+
+
+def test_transformer_like_says_when_there_is_none():
+    with pytest.raises(ValueError, match="embed_dim=256"):
+        transformer_like(
+            ModelConfig(vocab_size=10, embed_dim=256, context_dim=4, num_layers=1, ffn_dim=1, fnn_layers=0)
+        )
