@@ -16,10 +16,30 @@ NEWLLM_INLINE T* row(const View3& view, int64_t b, int64_t t) {
   return view.data ? static_cast<T*>(view.data) + b * view.stride_b + t * view.stride_t : nullptr;
 }
 
-template <class V, class A>
-NEWLLM_INLINE V clamped(V y, A limit) {
-  y = y > limit ? splat<A>(limit) : y;  // false for NaN, which passes through as in torch.clamp
-  return y < -limit ? splat<A>(-limit) : y;
+// As torch.clamp does, NaN passes through.
+NEWLLM_INLINE FloatV clamped(FloatV y, float limit) { return bounded(y, limit); }
+NEWLLM_INLINE DoubleV clamped(DoubleV y, double limit) {
+  y = y > limit ? splat<double>(limit) : y;
+  return y < -limit ? splat<double>(-limit) : y;
+}
+
+// Fills u with the row before the norm and returns its statistics; `before` is the last context, in storage or in acc.
+template <class T, class P, class A = acc_t<T>>
+NEWLLM_INLINE Statistics<A> update_row(const T* f, const T* i, const T* d, const P* before, A* u, int64_t D, double eps) {
+  Vec<A> sums{};  // one running sum is enough: the gates take longer than an addition
+  A tail = 0;
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value * load_if(full, before + k, n);
+    const Vec<A> updated = keep + gated_write(load_if(full, i + k, n), load_if(full, d + k, n));
+    store_if<false>(full, u + k, updated, n);
+    if constexpr (full.value) {
+      sums += updated;
+    } else {
+      for (int64_t lane = 0; lane < n; ++lane) tail += updated[lane];
+    }
+  });
+  const A sum = sum_lanes(sums) + tail;
+  return row_statistics(u, D, eps, sum / A(D));
 }
 
 template <class T, class S>
@@ -30,28 +50,23 @@ void forward_row(const ContextArgs& args, int64_t b, acc_t<T>* state, acc_t<T>* 
   const A* bias = static_cast<const A*>(args.norm.bias);
   const A limit = A(args.norm.clamp_value);
   const S* c0 = row<const S>(args.c0, b, 0);
-  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) { store_if<false>(full, state + k, load_if(full, c0 + k, n), n); });
+  S* c_last = row<S>(args.c_last, b, 0);
+  if (args.T == 0) std::copy_n(c0, D, c_last);
   for (int64_t t = 0; t < args.T; ++t) {
     const T *f = row<const T>(args.f, b, t), *i = row<const T>(args.i, b, t), *d = row<const T>(args.d, b, t);
     T* c = row<T>(args.c, b, t);
-    for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
-      const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value * load_if(full, state + k, n);
-      const Vec<A> write = sigmoid(load_if(full, i + k, n)).value * tanh(load_if(full, d + k, n)).value;
-      store_if<false>(full, u + k, keep + write, n);
-    });
-    const Statistics<A> s = row_statistics(u, D, args.norm.eps);
+    const bool last = t == args.T - 1;
+    const Statistics<A> s =
+        t == 0 ? update_row(f, i, d, c0, u, D, args.norm.eps) : update_row(f, i, d, state, u, D, args.norm.eps);
     for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
       const Vec<A> xhat = (load_if(full, u + k, n) - s.mean) * s.rstd;
       const Vec<A> y = xhat * affine_weight(full, weight, k, n) + affine_bias(full, bias, k, n);
       const Vec<A> next = clamped(y, limit);
-      store_if<false>(full, state + k, next, n);
+      if (!last) store_if<false>(full, state + k, next, n);
+      if (last) store_if<false>(full, c_last + k, next, n);
       if (c != nullptr) store_if<false>(full, c + k, next, n);
     });
   }
-  S* c_last = row<S>(args.c_last, b, 0);
-  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
-    store_if<false>(full, c_last + k, load_if(full, state + k, n), n);
-  });
 }
 
 // Scratch rows of one thread: the adjoint that flows back in time, the values of one step, and LayerNorm's input.
@@ -73,12 +88,7 @@ NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, co
   const A* bias = static_cast<const A*>(args.norm.bias);
   const A limit = A(args.norm.clamp_value);
   A *u = scratch.u, *g = scratch.g, *before = scratch.before;
-  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
-    const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value * load_if(full, before + k, n);
-    const Vec<A> write = sigmoid(load_if(full, i + k, n)).value * tanh(load_if(full, d + k, n)).value;
-    store_if<false>(full, u + k, keep + write, n);
-  });
-  const Statistics<A> s = row_statistics(u, D, args.norm.eps);
+  const Statistics<A> s = update_row(f, i, d, before, u, D, args.norm.eps);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
     const Vec<A> xhat = (load_if(full, u + k, n) - s.mean) * s.rstd;
     const Vec<A> w = affine_weight(full, weight, k, n);

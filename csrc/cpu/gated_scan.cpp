@@ -19,7 +19,7 @@ void gated_scan_forward(const GatedScanArgs& args) {
       T* c = row<T>(args.c, task.batch, t, task.d0);
       for_vectors<A>(task.columns, [&](int64_t k, auto full, int64_t n) {
         const Vec<A> keep = sigmoid(load_if(full, f + k, n)).value;
-        const Vec<A> write = sigmoid(load_if(full, i + k, n)).value * tanh(load_if(full, d + k, n)).value;
+        const Vec<A> write = gated_write(load_if(full, i + k, n), load_if(full, d + k, n));
         const Vec<A> next = keep * load_if(full, state + k, n) + write;
         store_if<false>(full, state + k, next, n);
         store_if<streaming.value>(full, c + k, next, n);

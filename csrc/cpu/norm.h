@@ -38,14 +38,20 @@ struct Statistics {
   A rstd;
 };
 
+// Of a row whose mean is known already.
 template <class T, class A = acc_t<T>>
-NEWLLM_INLINE Statistics<A> row_statistics(const T* x, int64_t D, double eps) {
-  const A mean = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) { return load_if(full, x + k, n); }) / A(D);
+NEWLLM_INLINE Statistics<A> row_statistics(const T* x, int64_t D, double eps, A mean) {
   const A variance = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) {
     const Vec<A> centred = load_if(full, x + k, n) - mean;
     return centred * centred;
   }) / A(D);
   return {mean, A(1) / std::sqrt(variance + A(eps))};
+}
+
+template <class T, class A = acc_t<T>>
+NEWLLM_INLINE Statistics<A> row_statistics(const T* x, int64_t D, double eps) {
+  const A mean = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) { return load_if(full, x + k, n); }) / A(D);
+  return row_statistics(x, D, eps, mean);
 }
 
 template <class Full, class A>

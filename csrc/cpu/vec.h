@@ -93,9 +93,14 @@ NEWLLM_INLINE uint16_t float_to_half(float x) {
 }
 
 NEWLLM_INLINE FloatV widen(const bfloat16* p) {
+#if defined(__AVX512F__)  // one conversion; the generic form is split into halves and put together again
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (FloatV)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
   UInt16V raw;
   std::memcpy(&raw, p, sizeof raw);
   return bit_cast<FloatV>(__builtin_convertvector(raw, UInt32V) << 16);
+#endif
 }
 
 NEWLLM_INLINE FloatV widen(const float16* p) {
@@ -242,11 +247,21 @@ NEWLLM_INLINE void store_if(Full, T* p, Vec<acc_t<T>> v, int64_t n) {
   }
 }
 
+// Halves the vector until one lane is left: log2(lanes) dependent additions instead of lanes.
 template <class V>
 NEWLLM_INLINE auto sum_lanes(V v) {
-  auto total = v[0];
-  for (unsigned lane = 1; lane < sizeof(V) / sizeof(v[0]); ++lane) total += v[lane];
-  return total;
+  using Lane = std::remove_reference_t<decltype(v[0])>;
+  constexpr int lanes = sizeof(V) / sizeof(Lane);
+  if constexpr (lanes == 1) {
+    return v[0];
+  } else if constexpr (lanes == 2) {
+    return Lane(v[0] + v[1]);
+  } else {
+    typedef Lane Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof(V));
+    return sum_lanes(Half(halves[0] + halves[1]));
+  }
 }
 
 }  // namespace newllm::cpu::NEWLLM_ISA
