@@ -2,7 +2,7 @@
 
 A file is written beside its place under a temporary name, flushed to the disk and then renamed over the old one, so that
 a kill, a crash or a full disk at any moment leaves the old file as it was. Its header carries a JSON text (everything that
-is not a tensor) and a checksum of the tensors. Nothing here is ever unpickled.
+is not a tensor) and a checksum of that text and of the tensors. Nothing here is ever unpickled.
 
 Names inside a training checkpoint: `model.*` the weights, `optimizer.<n>.*` AdamW's moments of the n-th parameter,
 `state.*` the carried contexts, `rng.*` the states of PyTorch's generators.
@@ -15,7 +15,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         kept = "; the previous one is untouched" if path.exists() else ""
         raise UserError(f"cannot write {path}: {os_reason(error)}{kept}") from error
     finally:
-        _remove_if_there(temporary)
+        with suppress(OSError):  # renamed into place, never made, or on a disk that has become read-only
+            os.unlink(temporary)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -59,13 +60,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _remove_if_there(path: Path) -> None:
-    try:
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # renamed into place, or never made
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({os_reason(error)})") from error
-    except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
         raise UserError(f"{path}: not valid JSON, cut short or damaged ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}; wanted an object")
@@ -95,7 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def save(path: Path, tensors: Tensors, info: dict[str, Any]) -> None:
     """Write tensors and the JSON-able `info` as one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "info": json.dumps(info), "crc32": _checksum(tensors)}
+    text = json.dumps(info)
+    header = {"format": FORMAT, "info": text, "crc32": _checksum(tensors, text)}
     data = safetensors.torch.save(tensors, header)
     with atomic_write(path) as temporary:
         # Written here rather than by the library: it may map the file, and a full disk is then a signal, not an error.
@@ -116,18 +111,20 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
         raise UserError(f"{path}: not a readable checkpoint, cut short or damaged ({one_line(error)})") from error
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: a safetensors file, but not a checkpoint of newllm (format {header.get('format')!r})")
-    if header["crc32"] != _checksum(tensors):
-        raise UserError(f"{path}: damaged checkpoint, its tensors do not match their checksum")
-    return tensors, json.loads(header["info"])
+    text = header.get("info", "")
+    if header.get("crc32") != _checksum(tensors, text):
+        raise UserError(f"{path}: damaged checkpoint, it does not match its checksum")
+    return tensors, json.loads(text)
 
 
-def _checksum(tensors: Tensors) -> str:
-    value = 0
+def _checksum(tensors: Tensors, info: str) -> str:
+    """CRC-32 over the info text and every tensor's name, dtype, shape and bytes."""
+    value = zlib.crc32(info.encode())
     for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
-        value = (
-            zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), value) if tensors[name].numel() else value
-        )
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
     return f"{value:08x}"
 
 
@@ -188,7 +185,7 @@ def rng_state() -> tuple[Tensors, dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global one, whoever draws from it
     return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
 
@@ -201,4 +198,4 @@ def set_rng_state(tensors: Tensors, info: dict[str, Any]) -> None:
     version, internal, gauss = info["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = info["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

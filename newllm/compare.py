@@ -7,8 +7,11 @@ comparison that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,23 @@ from newllm import checkpoint, plots
 from newllm.config import ModelConfig, transformer_like
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.model import build_model, state_bytes
-from newllm.prepare import Data, new_trainer
+from newllm.prepare import Data, new_trainer, training_config
 from newllm.run import Run
 from newllm.training import TrainingConfig
 
 BASELINE = "transformer"
 
 
-def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> None:
-    """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet."""
-    model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
+def check(model: ModelConfig) -> None:
+    """Raise UserError where there is nothing to set against the Transformer."""
     if model.architecture == BASELINE:
         raise UserError(f"--architecture {BASELINE}: compare wants the model to set against the {BASELINE}")
+
+
+def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> None:
+    """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet."""
+    check(model)
+    model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     with arguments_are_the_users():
         baseline = transformer_like(model)
     # Longer positions than a segment has would be used at evaluation without ever having been trained.
@@ -50,13 +58,33 @@ def contestants(folder: Path) -> list[Run]:
 
 
 def train(run: Run) -> int:
-    """Train one contestant to its end in a process of its own; returns its exit code."""
-    code = subprocess.run([sys.executable, "-m", "newllm", "train", "--resume", str(run.path)], check=False).returncode
+    """Train one contestant to its end in a process of its own; returns its exit code. One that is done is left alone:
+    its peak memory would be measured anew, without the training."""
+    if run.summary_file.exists() and checkpoint.read_json(run.summary_file).get("steps") == training_config(run).steps:
+        return 0
+    # A process group of its own: Ctrl-C reaches it once, through here, and not from the terminal too.
+    command = [sys.executable, "-m", "newllm", "train", "--resume", str(run.path)]
+    with subprocess.Popen(command, process_group=0) as child, _passing_signals_to(child):
+        code = child.wait()
     if code < 0:
         raise UserError(
             f"training {run.path} was killed by signal {-code}; go on with: newllm compare --resume {run.path.parent}"
         )
     return code
+
+
+@contextmanager
+def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM on to the child, which saves before it ends, instead of dying above it."""
+    before = {
+        number: signal.signal(number, lambda number, frame: child.send_signal(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report(folder: Path) -> list[dict[str, Any]]:

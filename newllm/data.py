@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from newllm.errors import UserError, one_line
+from newllm.errors import UserError, one_line, typed_path
 from newllm.readers import COMPRESSIONS, READERS, file_type, read_documents
 from newllm.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def load_corpus(spec: str, text_field: str = "text") -> Corpus:
         return _divided("builtin", builtin_documents())
     if spec.startswith("hub:"):
         return _load_hub(spec, text_field)
-    path = Path(spec).expanduser()
+    path = typed_path(spec)
     if path.is_dir():
         return _load_folder(path, text_field)
     if not path.exists():
@@ -99,10 +99,17 @@ def _load_folder(folder: Path, text_field: str) -> Corpus:
     def read(paths: list[Path]) -> list[str]:
         return [document for path in paths for document in read_documents(path, text_field)]
 
-    if "train" in by_split and "valid" in by_split:
-        splits = {name: read(by_split[name]) for name in ("train", "valid", "test") if name in by_split}
-        return Corpus(str(folder), splits, standard_split=True)
+    if "train" in by_split and len(by_split) > 1:
+        return _split_corpus(str(folder), {name: read(paths) for name, paths in by_split.items()})
     return _divided(str(folder), read(files))
+
+
+def _split_corpus(name: str, by_split: dict[str, list[str]]) -> Corpus:
+    """A corpus that came divided. Where it has train and test alone, validation comes out of train: test stays unseen."""
+    if "valid" not in by_split:
+        by_split = by_split | _divided(name, by_split["train"]).splits
+    splits = {split: by_split[split] for split in ("train", "valid", "test") if split in by_split}
+    return Corpus(name, splits, standard_split=True)
 
 
 def _load_hub(spec: str, text_field: str) -> Corpus:
@@ -125,9 +132,13 @@ def _load_hub(spec: str, text_field: str) -> Corpus:
         if text_field not in rows.column_names:
             has = ", ".join(map(repr, rows.column_names))
             raise UserError(f"--data {spec}: no column {text_field!r}, it has {has}; name it with --text-field")
-        by_split[SPLIT_NAMES.get(split, "train")] = [row for row in rows[text_field] if row and row.strip()]
-    if "train" in by_split and "valid" in by_split:
-        return Corpus(spec, by_split, standard_split=True)
+        texts = [row for row in rows[text_field] if row is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"--data {spec}: column {text_field!r} does not hold text; name another with --text-field")
+        # Splits by other names ("unsupervised") are training text too.
+        by_split.setdefault(SPLIT_NAMES.get(split, "train"), []).extend(text for text in texts if text.strip())
+    if "train" in by_split and len(by_split) > 1:
+        return _split_corpus(spec, by_split)
     return _divided(spec, [document for documents in by_split.values() for document in documents])
 
 
@@ -179,8 +190,9 @@ def tokenise(documents: Iterable[str], tokenizer: Tokenizer, progress: str | Non
     documents = list(documents)
     pieces = [np.empty(0, dtype)]
     with tqdm(
-        total=sum(map(len, documents)), desc=progress, unit="char", unit_scale=True, disable=not progress, leave=False
-    ) as bar:
+        total=sum(map(len, documents)), desc=progress, unit="char", unit_scale=True, leave=False,
+        disable=None if progress else True,
+    ) as bar:  # fmt: skip
         for start in range(0, len(documents), 64):  # bounds what the tokenizer holds beside its result
             group = documents[start : start + 64]
             pieces.extend(np.array(ids, dtype) for ids in tokenizer.encode_documents(group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -18,6 +19,14 @@ def one_line(message: object) -> str:
 def os_reason(error: OSError) -> str:
     """The operating system's words for an error, without errno and without the path."""
     return error.strerror or one_line(error) or type(error).__name__
+
+
+def typed_path(text: str) -> Path:
+    """The path a person typed, `~` expanded. Raises UserError where `~name` is nobody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {one_line(error)}") from error
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
     Ties at the border of top-k or top-p go to the lower token id, so exactly k tokens (or the fewest) are kept.
     """
     logits = logits.float()
+    temperature = min(max(temperature, 1e-37), 1e37)  # float32 holds no more: 0 / 0 otherwise
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the maximum first: no overflow however cold
     probs = logits.softmax(dim=-1)
     if top_k is None and top_p is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch
 from newllm import checkpoint
 from newllm.config import ModelConfig
 from newllm.data import Corpus, load_corpus, tokenise
-from newllm.errors import UserError
+from newllm.errors import UserError, typed_path
 from newllm.run import Run
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from newllm.training import Trainer, TrainingConfig
@@ -43,7 +42,7 @@ def prepare_data(
 def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> Tokenizer:
     if name in KINDS:
         return train_tokenizer(name, documents, vocab_size)
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if not path.exists():
         raise UserError(
             f"--tokenizer {name}: wanted {' or '.join(KINDS)}, or a tokenizer.json or run folder to take it from"
@@ -74,9 +73,19 @@ def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data
     run.save_unigram(np.bincount(data.tokens["train"], minlength=model.vocab_size))
     trainer.save()
     # A path is made absolute, so that the run can be resumed from another folder.
-    spec = str(Path(data.spec).expanduser().resolve()) if Path(data.spec).expanduser().exists() else data.spec
+    named = data.spec == "builtin" or data.spec.startswith("hub:")
+    spec = data.spec if named else str(typed_path(data.spec).resolve())
     write_config(run, model, config, {"corpus": spec, "text_field": data.text_field})
     return trainer
+
+
+def training_config(run: Run) -> TrainingConfig:
+    """The settings a run was trained with. Raises UserError naming config.json where they make no sense."""
+    try:
+        return TrainingConfig.from_dict(run.config()["training"])
+    except UserError as error:
+        named = str(error).startswith(str(run.config_file))
+        raise error if named else UserError(f"{run.config_file}: {error}") from error
 
 
 def write_config(run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str]) -> None:
@@ -89,7 +98,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     """The trainer of a run as its last checkpoint left it. `changes`: training settings that may differ (steps, device)."""
     stored = run.config()
     model = run.model_config()
-    config = dataclasses.replace(TrainingConfig.from_dict(stored["training"]), **changes)
+    config = dataclasses.replace(training_config(run), **changes)
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
         stale.unlink()
     data = run_data(run, model)

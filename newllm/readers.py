@@ -84,7 +84,7 @@ def _read_jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
             cut = "" if raw.endswith(b"\n") else "; the file ends within this line, it may be cut short"
             raise UserError(f"{path}, line {number}: not valid JSON ({one_line(error)}){cut}") from error
         yield _text_of(record, f"{path}, line {number}", text_field)
@@ -97,8 +97,10 @@ def _read_json(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         raise UserError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); the file may be cut short"
         ) from error
-    except RecursionError as error:
-        raise UserError(f"{path}: JSON nested too deeply to be read") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, lists nested without end
+        raise UserError(f"{path}: JSON that cannot be read ({one_line(error)})") from error
     if not isinstance(records, list):
         raise UserError(f"{path}: holds a JSON {type(records).__name__}; wanted a list of records with a text each")
     for number, record in enumerate(records, start=1):
@@ -107,7 +109,7 @@ def _read_json(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
 
 def _text_of(record: object, place: str, text_field: str) -> str:
     if isinstance(record, str):
-        return record
+        return _sound(record, place)
     if not isinstance(record, dict):
         raise UserError(f"{place}: a JSON {type(record).__name__}; wanted an object with the field {text_field!r}")
     if text_field not in record:
@@ -116,10 +118,12 @@ def _text_of(record: object, place: str, text_field: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise UserError(f"{place}: field {text_field!r} is a JSON {type(text).__name__}; wanted a string")
+    return _sound(text, f"{place}, field {text_field!r}")
+
+
+def _sound(text: str, place: str) -> str:
     if "\0" in text or _LONE_SURROGATE.search(text):
-        raise UserError(
-            f"{place}: field {text_field!r} holds binary data (a zero byte or half a surrogate pair), not text"
-        )
+        raise UserError(f"{place}: binary data (a zero byte or half a surrogate pair), not text")
     return text
 
 
@@ -140,7 +144,8 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
             )
         for batch in table.iter_batches(columns=[text_field]):
             for row in batch.column(0):
-                yield _text_of({text_field: row.as_py() or ""}, str(path), text_field)
+                text = row.as_py()
+                yield _text_of({text_field: "" if text is None else text}, str(path), text_field)
     except (pyarrow.ArrowException, OSError) as error:  # damage is reported as either
         raise UserError(f"{path}: not a readable parquet file, cut short or damaged ({one_line(error)})") from error
 

@@ -25,7 +25,7 @@ import torch
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
-from newllm.errors import UserError, one_line, os_reason
+from newllm.errors import UserError, one_line, os_reason, typed_path
 from newllm.model import LanguageModel, build_model
 from newllm.tokenizer import Tokenizer, load_tokenizer
 
@@ -119,11 +119,14 @@ class Run:
             for line in file:
                 if not line.endswith("\n"):
                     break
+                place = f"{self.metrics_file}, line {len(records) + 1}"
                 try:
-                    records.append(json.loads(line))
+                    record = json.loads(line)
                 except ValueError as error:
-                    place = f"{self.metrics_file}, line {len(records) + 1}"
                     raise UserError(f"{place}: not valid JSON ({one_line(error)})") from error
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise UserError(f"{place}: not a record of a training run (it has no step)")
+                records.append(record)
         return records
 
     def cut_metrics(self, step: int) -> None:
@@ -137,9 +140,13 @@ def new_run(name: str | None, out: str | None, default_name: str) -> Run:
 
     Nothing is made yet: `Run.make` does. Raises UserError where the folder holds something already.
     """
-    if name is not None and not re.fullmatch(r"[\w.+=-][\w.+= -]*", name):
-        raise UserError(f"--run {name!r}: a name is one folder's name, without slashes; a path goes with --out")
-    path = Path(out).expanduser() if out else runs_root() / (name or _unused(default_name))
+    if name is not None and out is not None:
+        raise UserError("--run and --out both say where the run goes; give one of them")
+    if name is not None and (not re.fullmatch(r"[\w+=][\w.+= -]*", name) or name == "latest"):
+        raise UserError(
+            f"--run {name!r}: a name is one folder's name, without slashes, and not 'latest'; a path goes with --out"
+        )
+    path = typed_path(out) if out else runs_root() / (name or _unused(default_name))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(
             f"{path} exists and is not an empty folder; go on with it by --resume {path}, or choose another --run NAME"
@@ -161,7 +168,7 @@ def find_run(which: str = "latest") -> Run:
         if not runs:
             raise UserError(f"no runs in {root}; make one with: newllm train")
         return max(runs, key=lambda run: (run.last_file.stat().st_mtime_ns, run.path.name))
-    for path in (Path(which).expanduser(), root / which):
+    for path in (typed_path(which), root / which):
         if (path / "config.json").is_file():
             return Run(path)
     raise UserError(f"no run {which!r}: neither a folder with a config.json nor a name in {root}")

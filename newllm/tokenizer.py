@@ -19,6 +19,7 @@ from newllm.errors import UserError, one_line, os_reason
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 KINDS = ("bpe", "word")
+MAX_VOCABULARY = 2**24  # the tokenizers library allocates for what it is asked, and aborts where that is too much
 
 
 class Tokenizer:
@@ -92,6 +93,8 @@ class TokenStream:
 
 def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None) -> Tokenizer:
     """A tokenizer of `kind` fitted to the documents, of at most `vocab_size` tokens (None: all words; BPE: 2048)."""
+    if vocab_size is not None and vocab_size > MAX_VOCABULARY:
+        raise UserError(f"--vocab-size {vocab_size}: more than the {MAX_VOCABULARY} tokens that are supported")
     if kind == "bpe":
         return _train_bpe(documents, 2048 if vocab_size is None else vocab_size)
     if kind == "word":

@@ -9,7 +9,7 @@ from newllm import compare
 from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
 from newllm.cli.train import NEW_RUN_FIELDS, shown
-from newllm.errors import UserError
+from newllm.errors import UserError, typed_path
 from newllm.run import Run, new_run, runs_root
 
 
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepared(args: argparse.Namespace) -> Run:
     model, config = model_settings(args), training_settings(args)
+    compare.check(model)  # before the data is read
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
     compare.prepare(folder, model, config, data_settings(args, model))
     return folder
@@ -41,4 +42,4 @@ def _interrupted(args: argparse.Namespace) -> Run:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")
     named = runs_root() / args.resume
-    return Run(named if named.is_dir() else Run(type(named)(args.resume)).path)
+    return Run(named if named.is_dir() else typed_path(args.resume))

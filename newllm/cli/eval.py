@@ -12,10 +12,10 @@ from newllm.cli.train import shown
 from newllm.data import load_corpus, tokenise
 from newllm.errors import UserError
 from newllm.evaluation import evaluate, unigram_score
-from newllm.prepare import run_data
+from newllm.prepare import run_data, training_config
 from newllm.run import Run, find_run
 from newllm.tokenizer import Tokenizer
-from newllm.training import TrainingConfig, autocast_dtype
+from newllm.training import autocast_dtype
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     folder = find_run(args.run)
     model, tokenizer = folder.load(device)
     counts = folder.unigram_counts(model.config.vocab_size)
-    autocast = autocast_dtype(TrainingConfig.from_dict(folder.config()["training"]).precision, device)
+    autocast = autocast_dtype(training_config(folder).precision, device)
     results = {}
     for name, tokens in _texts(args, folder, tokenizer).items():
         score = evaluate(model, tokens, autocast=autocast, progress=f"evaluating on {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -11,11 +12,15 @@ from newllm.cli.settings import device_settings
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.generation import generate
 from newllm.run import find_run
+from newllm.tokenizer import TokenStream
 
 
 def run(args: argparse.Namespace) -> int:
     if args.num_samples < 1:
         raise UserError(f"--num-samples: got {args.num_samples}, wanted at least 1")
+    for prompt in args.prompts:
+        if not _is_unicode(prompt):
+            raise UserError(f"PROMPT {prompt!r}: not UTF-8 text")
     device = device_settings(args)
     model, tokenizer = find_run(args.run).load(device)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.num_samples)]
@@ -43,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stream(opening, steps, stream) -> int:
+def _is_unicode(text: str) -> bool:
+    """False for a command-line argument whose bytes were no UTF-8: Python keeps them as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _stream(opening: str, steps: Iterator[list[int]], stream: TokenStream) -> int:
     """Print the text as it is made; nothing of it is kept."""
     try:
         sys.stdout.write(opening)

@@ -18,12 +18,12 @@ Hops approach the full cell from outside in time: after K hops the first K - 1 c
 from __future__ import annotations
 
 import torch
-from newllm_kernels import LayerNorm, context_scan_packed, context_update_packed, gated_scan_packed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from newllm.config import ModelConfig
 from newllm.model.common import ACTIVATION, init_linear
+from newllm_kernels import LayerNorm, context_scan_packed, context_update_packed, gated_scan_packed
 
 
 class ContextCell(nn.Module):

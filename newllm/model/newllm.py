@@ -11,12 +11,12 @@ All it remembers of a text is K context vectors a layer, however long the text.
 from __future__ import annotations
 
 import torch
-from newllm_kernels import LayerNorm
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
 from newllm.model.common import LanguageModel, State, SwiGLU, init_linear
 from newllm.model.mixer import ContextMixer
+from newllm_kernels import LayerNorm
 
 
 class Block(nn.Module):

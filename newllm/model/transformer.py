@@ -8,12 +8,12 @@ texts of any length.
 from __future__ import annotations
 
 import torch
-from newllm_kernels import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from newllm.config import ModelConfig
 from newllm.model.common import LanguageModel, State, SwiGLU, init_linear
+from newllm_kernels import LayerNorm
 
 ROPE_BASE = 10000.0
 
@@ -139,7 +139,7 @@ class Transformer(LanguageModel):
 
         if state is None:
             position = torch.zeros(B, dtype=torch.int64, device=tokens.device)
-            cached, fully_causal = 0, T <= window
+            cached, fully_causal = 0, window >= T
         else:
             position, cached, fully_causal = state["position"], state["layers.0.keys"].shape[2], False
         mask = None if fully_causal else window_mask(position, cached, T, window)

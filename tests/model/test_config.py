@@ -86,7 +86,7 @@ def test_config_cannot_be_changed_in_place():
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'huge'.*classic, tiny, 40m, 100m"):
+    with pytest.raises(ValueError, match=r"'huge'.*classic, tiny, 40m, 100m"):
         preset("huge")
 
 

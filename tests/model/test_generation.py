@@ -65,7 +65,8 @@ def test_distribution_stands_extreme_logits_and_temperatures():
     logits = torch.tensor([[1e4, -1e4, 0.0, -float("inf")]])
     for temperature in (1e-30, 1.0, 1e30):
         probs = distribution(logits, temperature)
-        assert probs.isfinite().all() and probs.sum().item() == pytest.approx(1.0)
+        assert probs.isfinite().all()
+        assert probs.sum().item() == pytest.approx(1.0)
     assert distribution(logits, 1e-30).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert distribution(logits, 1e30)[0, :3].tolist() == pytest.approx([1 / 3] * 3)
 
@@ -153,7 +154,8 @@ def test_eos_ends_its_row_and_then_the_generation():
     assert len(steps) == (60 if None in ends else max(ends) + 1)
     for got, want, end in zip(rows(steps), free, ends, strict=True):
         cut = len(steps) if end is None else end + 1
-        assert got[:cut] == want[:cut] and set(got[cut:]) <= {eos}
+        assert got[:cut] == want[:cut]
+        assert set(got[cut:]) <= {eos}
 
 
 def test_modes_are_the_callers_between_tokens_and_after():
@@ -163,10 +165,14 @@ def test_modes_are_the_callers_between_tokens_and_after():
     steps = generate(model, [[1, 2]], 3, seed=0)
     for _ in range(2):
         next(steps)
-        assert model.training and model.blocks[0].dropout.training and not model.final_norm.training
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert model.training
+        assert model.blocks[0].dropout.training
+        assert not model.final_norm.training
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
     steps.close()
-    assert model.training and not model.final_norm.training
+    assert model.training
+    assert not model.final_norm.training
     # Dropout did not act: the same tokens as in eval mode.
     assert list(generate(model, [[1, 2]], 9, seed=0)) == list(generate(model.eval(), [[1, 2]], 9, seed=0))
 

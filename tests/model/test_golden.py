@@ -38,7 +38,8 @@ def relative_error(got, want):
 def test_pieces_give_the_logits_of_the_whole(name, dtype):
     model, tokens = make_model(WALK[name], dtype), make_tokens(3, 19)
     whole, end = model(tokens)
-    assert whole.dtype == dtype and whole.isfinite().all()
+    assert whole.dtype == dtype
+    assert whole.isfinite().all()
     for sizes in ([1] * 19, [7, 1, 11]):
         logits, states = feed(model, tokens, sizes)
         assert relative_error(logits, whole) < TOLERANCE[dtype]
@@ -142,4 +143,5 @@ def test_detached_state_cuts_the_gradient(name):
     logits, _ = model(tokens, state)
     logits.sum().backward()
     starts = [p.grad for key, p in model.named_parameters() if key.endswith("start")]
-    assert starts and all(grad is None for grad in starts)  # the start lies before the seam
+    assert starts
+    assert all(grad is None for grad in starts)  # the start lies before the seam

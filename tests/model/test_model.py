@@ -61,7 +61,9 @@ def test_every_parameter_gets_a_gradient(name):
     logits, _ = model(tokens)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for key, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, key
+        assert p.grad is not None, key
+        assert p.grad.isfinite().all(), key
+        assert p.grad.abs().sum() > 0, key
 
 
 @pytest.mark.parametrize("name", WALK)
@@ -124,7 +126,8 @@ def test_nan_in_a_state_shows_in_its_row_and_in_no_other(name):
         if key != "position":
             value[1] = float("nan")
     logits, _ = model(tokens, state)
-    assert logits[1].isnan().all() and logits[[0, 2]].isfinite().all()
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()
 
 
 @torch.no_grad()
@@ -172,7 +175,7 @@ def test_wrong_inputs_raise_and_say_what_was_wanted(name):
     state = model(tokens)[1]
     with pytest.raises(ValueError, match="holds 2 rows, tokens 1"):
         model(tokens[:1], state)
-    with pytest.raises(ValueError, match="layers.99.context"):
+    with pytest.raises(ValueError, match=r"layers\.99\.context"):
         model(tokens, {**state, "layers.99.context": tokens})
 
 
