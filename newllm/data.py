@@ -114,15 +114,15 @@ def _split_corpus(name: str, by_split: dict[str, list[str]]) -> Corpus:
 
 def _load_hub(spec: str, text_field: str) -> Corpus:
     """`hub:NAME` or `hub:NAME:CONFIGURATION`, downloaded by the `datasets` library."""
+    name, _, configuration = spec.removeprefix("hub:").partition(":")
+    if not name:
+        raise UserError("--data hub: names no data set; wanted hub:NAME or hub:NAME:CONFIGURATION")
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
             f'--data {spec}: needs the datasets library; install the extra "hub": pip install -e ".[hub]"'
         ) from error
-    name, _, configuration = spec.removeprefix("hub:").partition(":")
-    if not name:
-        raise UserError("--data hub: names no data set; wanted hub:NAME or hub:NAME:CONFIGURATION")
     try:
         found = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library lets every failure of network, name and format through as it is

@@ -63,7 +63,7 @@ def evaluate(
         leave=False,
         disable=None if progress else True,
     )
-    with torch.inference_mode(), evaluating(model), bar:
+    with torch.inference_mode(), evaluating(model.modules()), bar:
         for inputs, targets in evaluation_segments(tokens, SEGMENT):
             with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
                 logits, state = model(inputs.to(device), state)  # (1, T, V)

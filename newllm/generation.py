@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,10 @@ def _steps(
 ) -> Iterator[list[int]]:
     tokens: list[int] = []  # the last step's, one per row
     state: State | None = None
+    modules = list(model.modules())  # walking the tree anew would be a tenth of a small model's step
     for _ in range(max_new_tokens):
         # Modes are entered afresh for each step: a suspended generator must not leave them on in its caller's code.
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), evaluating(modules):
             if state is None:
                 logits, state = prefill(model, prompts)  # (B, V)
             else:
@@ -127,9 +128,9 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Eval mode inside; afterwards every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

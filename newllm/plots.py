@@ -18,7 +18,8 @@ def loss_plot(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.subplots()
     _curves(axes, metrics)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
+    if axes.lines:  # a run stopped before its first record has none
+        axes.legend()
     _save(figure, path)
 
 
