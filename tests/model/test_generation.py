@@ -63,11 +63,12 @@ def test_distribution_of_each_row_is_its_own():
 
 def test_distribution_stands_extreme_logits_and_temperatures():
     logits = torch.tensor([[1e4, -1e4, 0.0, -float("inf")]])
-    for temperature in (1e-30, 1.0, 1e30):
+    for temperature in (1e-320, 1e-30, 1.0, 1e30, 1e300):  # the outermost are 0 and infinity in float32
         probs = distribution(logits, temperature)
         assert probs.isfinite().all()
         assert probs.sum().item() == pytest.approx(1.0)
-    assert distribution(logits, 1e-30).tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    for cold in (1e-320, 1e-30):
+        assert distribution(logits, cold).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert distribution(logits, 1e30)[0, :3].tolist() == pytest.approx([1 / 3] * 3)
 
 
