@@ -149,7 +149,7 @@ def explain(operation: str, *args: Any, **kwargs: Any) -> str:
     >>> text = nk.explain("layer_norm", torch.ones(2, 3))
     layer_norm of torch.float32 on cpu, width 3 ...
     """
-    name = operation.removesuffix("_packed")
+    name = "layer_norm" if operation == "add_layer_norm" else operation.removesuffix("_packed")
     if name not in _registry:
         raise ValueError(f"operation: got {operation!r}, wanted one of {', '.join(_registry)}")
     tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

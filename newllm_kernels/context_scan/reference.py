@@ -18,15 +18,15 @@ def context_scan(
     clamp: float,
 ) -> tuple[Tensor, Tensor]:
     """(c, c_last); the state goes from step to step unrounded. Differentiable by PyTorch's own autograd."""
-    dtype, (B, T, _) = f.dtype, f.shape
+    dtype, B = f.dtype, f.shape[0]
     f, i, d = gates.split(f, i, d)
     state = c0.to(f.dtype)
     steps = []
-    for t in range(T):
-        state = step(f[:, t], i[:, t], d[:, t], state, weight, bias, eps, clamp)
+    for gates_t in zip(f.unbind(1), i.unbind(1), d.unbind(1), strict=True):  # indexing would cost autograd T squared
+        state = step(*gates_t, state, weight, bias, eps, clamp)
         steps.append(state)
     c = torch.stack(steps, dim=1).to(dtype) if steps else f.new_empty((B, 0, c0.shape[1]), dtype=dtype)
-    return c, state.clone() if not steps else state
+    return c, state.clone() if not steps else state.contiguous()
 
 
 def context_scan_backward(
@@ -46,4 +46,4 @@ def context_scan_backward(
         for target, grad in zip(grads, of_gates, strict=True):
             target[:, t] = grad
         grad_weight, grad_bias = grad_weight + w, grad_bias + b
-    return *gates.join(grads, f, i, d), carry.clone() if T == 0 else carry, grad_weight, grad_bias
+    return *gates.join(grads, f, i, d), carry.clone() if T == 0 else carry.contiguous(), grad_weight, grad_bias

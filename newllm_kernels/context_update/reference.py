@@ -52,7 +52,7 @@ def context_update(
     clamp: float,
 ) -> Tensor:
     """The new context in c's dtype; differentiable by PyTorch's own autograd."""
-    return step(*gates.split(f, i, d), c.to(acc_dtype(f.dtype)), weight, bias, eps, clamp).to(c.dtype)
+    return step(*gates.split(f, i, d), c.to(acc_dtype(f.dtype)), weight, bias, eps, clamp).to(c.dtype).contiguous()
 
 
 def context_update_backward(
@@ -63,4 +63,4 @@ def context_update_backward(
     *grads, grad_c, grad_weight, grad_bias = step_backward(
         grad.to(acc), *gates.split(f, i, d), c.to(acc), weight, bias, eps, clamp
     )
-    return *gates.join(tuple(grads), f, i, d), grad_c.to(c.dtype), grad_weight, grad_bias
+    return *gates.join(tuple(grads), f, i, d), grad_c.to(c.dtype).contiguous(), grad_weight, grad_bias

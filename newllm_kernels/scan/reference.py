@@ -25,11 +25,12 @@ def scan(
     acc = acc_dtype(a.dtype)
     state = a.new_zeros(B, D, dtype=acc) if h0 is None else h0.to(acc)
     steps: list[Tensor] = [state] * T
+    decay, added = a.unbind(1), b.unbind(1)  # unlike indexing, differentiates in time linear in T
     for t in reversed(range(T)) if reverse else range(T):
-        state = a[:, t].to(acc) * state + b[:, t].to(acc)
+        state = decay[t].to(acc) * state + added[t].to(acc)
         steps[t] = state
     h = torch.stack(steps, dim=1) if T else a.new_empty(B, 0, D)
-    return h.to(a.dtype), state.clone() if T == 0 else state
+    return h.to(a.dtype), state.clone() if T == 0 else state.contiguous()
 
 
 def scan_backward(
@@ -61,7 +62,7 @@ def scan_backward(
         before = h[:, order[step - 1]].to(acc) if step > 0 else start
         grad_a[:, t], grad_b[:, t] = g * before, g
         carry = a[:, t].to(acc) * g
-    return grad_a, grad_b, carry.clone() if T == 0 else carry
+    return grad_a, grad_b, carry.clone() if T == 0 else carry.contiguous()
 
 
 def segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
