@@ -1,0 +1,68 @@
+"""What was built says so, and is what the package says it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import newllm_kernels as nk
+from newllm_kernels import native
+
+pytestmark = pytest.mark.skipif(not native.library().ok, reason="the C++ kernels are not built")
+
+
+def test_build_info():
+    info = native.build_info()
+    assert info["version"] == nk.__version__
+    assert info["cpu_isas"] in ("baseline", "baseline,avx2,avx512")
+    assert native.active_isa() in info["cpu_isas"].split(",")
+    assert info["build_type"] in ("Release", "RelWithDebInfo", "Debug")
+    assert bool(info["cuda_compiler"]) == bool(info["cuda_archs"]) == native.has_cuda_kernels()
+
+
+def test_it_runs_with_every_pytorch_that_it_says():
+    target = tuple(int(part) for part in native.build_info()["torch_target"].split(".")[:2])
+    here = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert target <= here
+    assert target <= (2, 11)  # the oldest that pyproject.toml promises
+
+
+def test_the_library_is_tied_to_no_python():
+    """One file for every Python version: the stable ABI knows none."""
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", native.LIBRARY], capture_output=True, text=True, check=False
+    )
+    if symbols.returncode != 0:
+        pytest.skip("needs nm")
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    # Nor to a PyTorch version: of libtorch only the C shim, no mangled name of c10, at or torch.
+    mangled = [
+        name
+        for name in names
+        if name.startswith("_Z") and any(f"{len(ns)}{ns}" in name for ns in ("c10", "torch", "at"))
+    ]
+    assert not mangled
+
+
+def test_every_operation_has_its_compiled_kernels():
+    for operation in nk.operations():
+        for suffix in ("", "_backward"):
+            schema = getattr(torch.ops.newllm_native, operation + suffix).default._schema
+            ours = getattr(torch.ops.newllm, operation + suffix).default._schema
+            assert [(a.name, str(a.type)) for a in schema.arguments] == [
+                (a.name, str(a.type)) for a in ours.arguments
+            ] or (
+                operation + suffix == "context_scan_backward"  # its c is absent where the step alone is differentiated
+            )
+            assert [str(r.type) for r in schema.returns] == [str(r.type) for r in ours.returns]
+
+
+def test_a_missing_c_module_says_how_to_build_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "newllm_kernels._C", None)
+    monkeypatch.delattr(nk, "_C", raising=False)
+    with pytest.raises(ImportError, match=r"newllm_kernels._C is not built for Python 3\.\d+: pip install -e \."):
+        native.build_info()
