@@ -49,11 +49,14 @@ class Run:
     summary_file = property(lambda self: self.path / "summary.json")
 
     def make(self) -> None:
-        """Make the folder. Raises UserError where that is not possible."""
+        """Make the folder. Raises UserError where that is not possible, or another run has taken it since it was chosen."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            taken = any(self.path.iterdir())
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.path}: {os_reason(error)}") from error
+        if taken:
+            raise UserError(f"{self.path} was empty a moment ago and is another run's now; choose another --run NAME")
 
     def config(self) -> dict[str, Any]:
         """config.json: {"model": {...}, "training": {...}, "data": {...}}."""

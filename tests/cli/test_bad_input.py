@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from cli_tools import TEXT, TINY
 
+from newllm.prepare import prepare_data
 from newllm.tokenizer import train_tokenizer
 
 
@@ -235,6 +236,19 @@ def test_an_existing_folder_is_never_trained_over(newllm, text, trained, tmp_pat
     (tmp_path / "file").write_text("x")
     refused(newllm("train", "--data", text, *TINY, "--out", tmp_path / "file"), "not an empty folder")
     assert snapshot(trained) == before
+
+
+def test_a_folder_that_another_run_took_meanwhile(newllm, text, tmp_path, monkeypatch):
+    """Two runs of one name begun at once: one of them reads its text longer, and leaves the folder to the other."""
+
+    def slowly(*args, **kwargs):
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "config.json").write_text("the other's")
+        return prepare_data(*args, **kwargs)
+
+    monkeypatch.setattr("newllm.cli.settings.prepare_data", slowly)
+    refused(newllm("train", "--data", text, *TINY, "--out", tmp_path / "r"), "another run's now")
+    assert snapshot(tmp_path / "r").keys() == {tmp_path / "r" / "config.json"}
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

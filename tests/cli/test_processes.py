@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +169,21 @@ def test_waiting_threads_yield_the_core_unless_the_user_says_otherwise():
             [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
         )
         assert run.stdout == want
+
+
+def test_a_terminal_sees_a_bar_with_tokens_per_second_and_time_left(text, tmp_path):
+    pty, termios = (pytest.importorskip(name, reason="needs a pseudo-terminal") for name in ("pty", "termios"))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    process = start("train", "--data", text, *TINY, "--out", tmp_path / "run", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert finish(process).code == 0
+    assert re.search(rb"20/20 \[\d\d:\d\d<\d\d:\d\d, .*loss \d\.\d+, [\d,]+ tokens/s", shown), shown
 
 
 def test_json_of_eval_is_all_that_is_printed(trained):

@@ -42,7 +42,7 @@ def text(n=400, seed=0):
 
 def trainer(folder, model=MODEL, **changes):
     run = Run(folder)
-    run.make()
+    run.path.mkdir(exist_ok=True)
     return Trainer(run, model, dataclasses.replace(CONFIG, **changes), text(), text(100, seed=1))
 
 
