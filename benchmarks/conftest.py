@@ -1,4 +1,4 @@
-"""Options, the session's recorder, and what is written when the session ends. See README's section on benchmarks."""
+"""Options, the session's recorder, and what is written when the session ends. `pytest benchmarks/ --help` lists the options."""
 
 from __future__ import annotations
 

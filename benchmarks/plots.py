@@ -120,7 +120,7 @@ def overheads(rows: list[Row], content: dict[str, Any]) -> Any:
     for k, (label, colour) in enumerate((("no gradients", COLOURS[OURS]), ("gradients recorded", COLOURS[COMPILED]))):
         values = [pair[k] or 0.0 for pair in overhead.values()]
         bars = axis.barh([y - 0.2 + 0.4 * k for y in range(len(overhead))], values, 0.38, color=colour, label=label)
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=3, bbox={"color": "white", "pad": 0.5})
     axis.axvline(15, color="black", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(overhead)), list(overhead), fontsize=8)
     axis.invert_yaxis()

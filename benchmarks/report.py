@@ -127,8 +127,8 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
             add(f"{what}, over torch", speedup(group, eager), 1)
         elif operation == "context_update" and direction in ("forward", "backward"):
             add(f"{what}, over eager", speedup(group, eager), 3)
-        if direction == "overhead" and ours:
-            add(f"{operation} host overhead, us", ours["median_us"], 15, at_least=False)
+        if direction.startswith("overhead") and ours:
+            add(f"{operation} host {direction}, us", ours["median_us"], 15, at_least=False)
     return found
 
 
