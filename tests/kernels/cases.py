@@ -236,16 +236,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 VARIES_ALONG_ROWS = ("x", "c", "c0", "d", "weight")
 
 
+def normalises(problem: Problem) -> bool:
+    return problem.function not in ("scan", "gated_scan", "gated_scan_packed")
+
+
 def laid_out(problem: Problem, layout: str) -> Problem:
     """With every tensor in the layout, as far as it leaves the problem well conditioned."""
-    kept = VARIES_ALONG_ROWS if layout == "expanded_last" and problem.function != "scan" else ()
+    kept = VARIES_ALONG_ROWS if layout == "expanded_last" and normalises(problem) else ()
+    if kept and problem.function == "context_scan_packed":
+        kept = (*kept, "gates")  # constant gates never turn the context, and its gradient cancels
     return problem.map(lambda name, x: x if name in kept else LAYOUTS[layout](x))
 
 
 def gradient_layout(problem: Problem, layout: str) -> Callable[[Tensor], Tensor]:
-    without_weight = (
-        problem.function not in ("scan", "gated_scan", "gated_scan_packed") and "weight" not in problem.tensors
-    )
+    without_weight = normalises(problem) and "weight" not in problem.tensors
     return LAYOUTS["expanded_first" if layout == "expanded_last" and without_weight else layout]
 
 

@@ -61,6 +61,7 @@ def test_clamp_cuts_values_in_16_bits(dtype, clamp):
 
 @pytest.mark.xfail(strict=True, reason="the backward decides what was cut from contexts rounded to bfloat16")
 def test_clamp_cuts_gradients_in_16_bits():
+    torch.manual_seed(1)  # most draws hold a component so near the clamp that the rounding decides, but not all
     check(make("context_scan", 3, 33, 1000, torch.bfloat16, clamp=1.0))
 
 
