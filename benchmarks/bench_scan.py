@@ -1,4 +1,4 @@
-"""`scan`: h_t = a_t h_{t-1} + b_t. `--candidates` times every pure-PyTorch formulation on the headline size."""
+"""`scan`: h_t = a_t h_{t-1} + b_t. `--candidates` times every pure-PyTorch formulation at the headline size."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def test_scan(benchmark: Any, recorder: harness.Recorder, case: Case, provider: 
     harness.measure(benchmark, recorder, case, provider, direction)
 
 
-@harness.grid("scan", peers.candidates(), only=operations.cases("scan", harness.DEVICE)[:1])
-def test_candidates(
-    benchmark: Any, recorder: harness.Recorder, case: Case, provider: Provider, direction: str, request: Any
+@harness.grid("scan", peers.candidates(), only=operations.cases("scan", harness.DEVICE)[:2])
+def test_scan_candidates(
+    benchmark: Any, recorder: harness.Recorder, case: Case, provider: Provider, direction: str, pytestconfig: Any
 ) -> None:
-    if not request.config.getoption("candidates"):
-        pytest.skip("asked for with --candidates")
+    reason = peers.skip_candidate(provider, case, pytestconfig.getoption("candidates"))
+    if reason is not None:
+        pytest.skip(reason)
     harness.measure(benchmark, recorder, case, provider, direction)

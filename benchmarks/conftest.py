@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--candidates",
         action="store_true",
-        help="time every pure-PyTorch formulation of the scan, not only the fastest (some compile for a minute)",
+        help="time every pure-PyTorch formulation of the scans, not only the fastest ones (some compile for a minute)",
     )
 
 

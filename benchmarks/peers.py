@@ -157,7 +157,7 @@ def _time_last(*tensors: Tensor) -> Outputs:
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)
 
 
-NEWLLM = "newllm"
+NEWLLM, COMPILED = "newllm", "compiled:"
 
 
 def _ours(operation: str) -> Provider:
@@ -207,7 +207,15 @@ PROVIDERS: dict[str, list[Provider]] = {
 
 
 def candidates() -> list[Provider]:
-    """Every formulation of the scan, for `--candidates`: how the one that "compiled" stands for was chosen."""
+    """Every formulation of a recurrence, so that "compiled" is shown to be the best there is."""
     return [
-        Provider(f"compiled:{name}", partial(_compiled_recurrence, candidate=name)) for name in formulations.CANDIDATES
+        Provider(f"{COMPILED}{name}", partial(_compiled_recurrence, candidate=name)) for name in formulations.CANDIDATES
     ]
+
+
+def skip_candidate(provider: Provider, case: Case, everything: bool) -> str | None:
+    """Why a candidate is not timed: it is "compiled" itself, or known to be far behind."""
+    name = provider.name.removeprefix(COMPILED)
+    if name == formulations.FASTEST[case.device]:
+        return "timed as compiled"
+    return None if everything or name in formulations.RIVALS[case.device] else "timed with --candidates only"

@@ -150,7 +150,13 @@ def table(rows: list[Row], copy_gbps: float) -> str:
     """Markdown: times and speed-ups, then host overhead, then the ratios that were asked for."""
     groups = grouped(rows)
     timed = {key: group for key, group in groups.items() if key[3] in ("forward", "backward")}
-    others = sorted({row["provider"] for row in rows} - {OURS, EAGER, COMPILED})
+    others = sorted(
+        {
+            name
+            for name in (row["provider"] for row in rows)
+            if name not in (OURS, EAGER) and not name.startswith(COMPILED)
+        }
+    )
     graph = any("graph_us" in row for row in rows)
     headers = ["what (us, median)", OURS, *(["in a graph"] if graph else []), "GB/s", "% of copy", EAGER, "ours is", COMPILED, "ours is", *others]  # fmt: skip
     lines = []
@@ -160,13 +166,15 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         if graph:
             line.append(f"{ours['graph_us']:,.1f}" if ours and ours.get("graph_us") else "-")
         line += [f"{ours['gbps']:.1f}", f"{ours['percent_of_copy']:.0f}"] if ours else ["-", "-"]
-        for peer in (EAGER, COMPILED):
-            ratio = speedup(group, group.get(peer))
-            line += [_us(group.get(peer)), "-" if ratio is None else f"{ratio:.2f}x"]
+        for peer in (group.get(EAGER), best_compiled(group)):
+            ratio = speedup(group, peer)
+            line += [_us(peer), "-" if ratio is None else f"{ratio:.2f}x"]
         lines.append([*line, *(_us(group.get(name)) for name in others)])
     parts = [f"Copy bandwidth {copy_gbps:.1f} GB/s (read plus written)."]
     if lines:
         parts.append(_cells(headers, lines))
+    if candidates := _candidates(timed):
+        parts.append(candidates)
     if inexact := [row for row in rows if row.get("parameter_error", 0.0) > row.get("tolerance", math.inf)]:
         worst = max(inexact, key=lambda row: row["parameter_error"])
         names = ", ".join(dict.fromkeys(f"{row['provider']} {row['op']} {row['dtype']}" for row in inexact))
@@ -178,6 +186,16 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         lines = [[r["what"], f"{r['value']:g}", r["wanted"], "yes" if r["met"] else "NO"] for r in wanted]
         parts.append(_cells(["wanted", "measured", "goal", "met"], lines))
     return "\n\n".join(parts)
+
+
+def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:
+    """The pure-PyTorch formulations beside each other, where more than one was timed."""
+    lines = []
+    for key, group in timed.items():
+        found = {name: row for name, row in group.items() if name.startswith(COMPILED)}
+        if any(":" in name for name in found):
+            lines.append([" ".join(key), ", ".join(f"{name} {_us(row)}" for name, row in found.items())])
+    return _cells(["torch.compile of (us)", "the fastest counts above"], lines) if lines else None
 
 
 def _overhead(rows: list[Row]) -> dict[str, tuple[float | None, float | None]]:
