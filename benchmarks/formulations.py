@@ -88,8 +88,8 @@ CANDIDATES: dict[str, Scan] = {
     "odd_even": odd_even,
     "associative": associative,
 }
-# What "compiled" stands for at every size. On CPUs the chunked ones lead by far and their order is close (32 compiles for half a minute), so at the headline
-# size these others are timed too, and the report takes the fastest; on a GPU PyTorch's own stands in.
+# What "compiled" stands for at every size. On CPUs the chunked ones lead by far and their order is close, so at the headline
+# size the rivals are timed too and the report takes the fastest; on a GPU PyTorch's own stands in.
 FASTEST = {"cpu": "chunked16", "cuda": "associative"}
 RIVALS = {"cpu": ("chunked32",), "cuda": ()}
 
