@@ -38,11 +38,11 @@ struct ScanArgs {
 struct ScanBackwardArgs {
   ScanShape shape;
   bool reverse = false;
-  View3 grad_h, a, h;        // grad_h may be absent
-  View3 grad_a, grad_b;      // written
+  View3 grad_h, a, h;    // grad_h may be absent
+  View3 grad_a, grad_b;  // written
   const void* grad_h_last = nullptr;
   const void* h0 = nullptr;
-  void* grad_h0 = nullptr;   // written, (N, D) acc
+  void* grad_h0 = nullptr;  // written, (N, D) acc
 };
 
 // c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t)
@@ -55,11 +55,11 @@ struct GatedScanArgs {
 
 struct GatedScanBackwardArgs {
   ScanShape shape;
-  View3 grad_c, f, i, d, c;             // grad_c may be absent
-  View3 grad_f, grad_i, grad_d;         // written
+  View3 grad_c, f, i, d, c;      // grad_c may be absent
+  View3 grad_f, grad_i, grad_d;  // written
   const void* grad_c_last = nullptr;
   const void* c0 = nullptr;
-  void* grad_c0 = nullptr;              // written, (N, D) acc
+  void* grad_c0 = nullptr;  // written, (N, D) acc
 };
 
 // weight and bias are (D) in acc; nullptr means 1 and 0. clamp_value is +inf where nothing is clamped.
@@ -77,8 +77,8 @@ struct ContextArgs {
   int64_t B = 0, T = 0, D = 0;
   NormParams norm;
   View3 f, i, d;
-  View3 c;            // all contexts, may be absent (context_update writes c_last only)
-  View3 c0, c_last;   // (B, D) in state_dtype; stride_t unused
+  View3 c;           // all contexts, may be absent (context_update writes c_last only)
+  View3 c0, c_last;  // (B, D) in state_dtype; stride_t unused
 };
 
 struct ContextBackwardArgs {
@@ -86,12 +86,12 @@ struct ContextBackwardArgs {
   DType state_dtype = DType::kFloat32;  // of c0, grad_c_last and grad_c0
   int64_t B = 0, T = 0, D = 0;
   NormParams norm;
-  View3 f, i, d, c, grad_c;       // c and grad_c may be absent (context_update)
-  View3 c0, grad_c_last;          // grad_c_last may be absent
-  View3 grad_f, grad_i, grad_d;   // written
-  View3 grad_c0;                  // written
-  void* grad_weight = nullptr;    // written, (D) acc
-  void* grad_bias = nullptr;      // written, (D) acc
+  View3 f, i, d, c, grad_c;      // c and grad_c may be absent (context_update)
+  View3 c0, grad_c_last;         // grad_c_last may be absent
+  View3 grad_f, grad_i, grad_d;  // written
+  View3 grad_c0;                 // written
+  void* grad_weight = nullptr;   // written, (D) acc
+  void* grad_bias = nullptr;     // written, (D) acc
 };
 
 // y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.
@@ -103,17 +103,17 @@ struct LayerNormArgs {
   int64_t x_stride = 0;
   const void* residual = nullptr;
   int64_t residual_stride = 0;
-  void* sum = nullptr;             // (rows, D) contiguous, written when residual is given
-  void* y = nullptr;               // (rows, D) contiguous
-  void* mean = nullptr;            // (rows) acc
-  void* rstd = nullptr;            // (rows) acc
+  void* sum = nullptr;   // (rows, D) contiguous, written when residual is given
+  void* y = nullptr;     // (rows, D) contiguous
+  void* mean = nullptr;  // (rows) acc
+  void* rstd = nullptr;  // (rows) acc
 };
 
 struct LayerNormBackwardArgs {
   DType dtype = DType::kFloat32;
   int64_t rows = 0, D = 0;
   NormParams norm;
-  const void* grad_y = nullptr;    // may be absent
+  const void* grad_y = nullptr;  // may be absent
   int64_t grad_y_stride = 0;
   const void* grad_sum = nullptr;  // may be absent: the gradient that reached x + residual directly
   int64_t grad_sum_stride = 0;
@@ -121,9 +121,9 @@ struct LayerNormBackwardArgs {
   int64_t x_stride = 0;
   const void* mean = nullptr;
   const void* rstd = nullptr;
-  void* grad_x = nullptr;          // (rows, D) contiguous
-  void* grad_weight = nullptr;     // (D) acc
-  void* grad_bias = nullptr;       // (D) acc
+  void* grad_x = nullptr;       // (rows, D) contiguous
+  void* grad_weight = nullptr;  // (D) acc
+  void* grad_bias = nullptr;    // (D) acc
 };
 
 }  // namespace newllm

@@ -1,8 +1,8 @@
 // Schemas of the compiled kernels. They are internal: `newllm::*`, the operators with autograd and fake kernels, are
 // defined in newllm_kernels/<op>/__init__.py and call these where the backend is "cpu" or "cuda".
 //
-// f, i, d: three tensors (B, T, D), or f alone with the three as column blocks (B, T, 3D); gradients come laid out alike.
-// States, statistics and LayerNorm parameters are in the accumulation type, float32 or (for float64) float64.
+// f, i, d: three tensors (B, T, D), or f alone with the three as column blocks (B, T, 3D); gradients come laid out
+// alike. States, statistics and LayerNorm parameters are in the accumulation type, float32 or (for float64) float64.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(newllm_native, m) {
@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "context_scan(Tensor f, Tensor? i, Tensor? d, Tensor c0, Tensor? weight, Tensor? bias, float eps, float clamp) "
       "-> (Tensor c, Tensor c_last)");
   m.def(
-      "context_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor? c, Tensor c0, "
+      "context_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor? c, Tensor "
+      "c0, "
       "Tensor? weight, Tensor? bias, float eps, float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, "
       "Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
   m.def(

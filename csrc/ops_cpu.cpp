@@ -86,9 +86,11 @@ std::tuple<Tensor, Tensor> gated_scan(const Tensor& f, const OptionalTensor& i, 
   return {c, c_last};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(
-    const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& f, const OptionalTensor& i,
-    const OptionalTensor& d, const Tensor& c_, const OptionalTensor& c0_, const OptionalTensor& cu_seqlens_) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTensor& grad_c_,
+                                                               const OptionalTensor& grad_c_last_, const Tensor& f,
+                                                               const OptionalTensor& i, const OptionalTensor& d,
+                                                               const Tensor& c_, const OptionalTensor& c0_,
+                                                               const OptionalTensor& cu_seqlens_) {
   const Gates gates(f, i, d);
   GateGradients grads(gates);
   const Tensor c = with_contiguous_rows(c_);

@@ -12,6 +12,8 @@ reference it says so once per operation and device.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -127,7 +129,9 @@ def _choose(operation: str, call: Call) -> Implementation:
     answers = verdicts(operation, call)
     if _chosen != "auto":
         if not answers[_chosen].ok:
-            raise BackendError(f"{operation}: the backend {_chosen!r} cannot serve this call: {answers[_chosen].reason}")
+            raise BackendError(
+                f"{operation}: the backend {_chosen!r} cannot serve this call: {answers[_chosen].reason}"
+            )
         return _registry[operation][_chosen]
     best = next(backend for backend in BACKENDS if answers[backend].ok)
     if best == "reference" and (operation, call.device.type) not in _warned:
@@ -200,6 +204,46 @@ def supports_cuda(call: Call) -> Verdict:
         name = torch.cuda.get_device_name(call.device)
         return Verdict(False, f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}")
     return Verdict(True, f"CUDA C++, {torch.cuda.get_device_name(call.device)}")
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def supports_triton(call: Call) -> Verdict:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if call.device.type == "cpu" and interpreted and _chosen == "triton":
+        return Verdict(True, "Triton's interpreter (TRITON_INTERPRET=1), for tests")
+    if call.device.type != "cuda":
+        return Verdict(False, f"serves CUDA tensors, these are on {call.device}")
+    version = _triton_version()
+    if version is None:
+        return Verdict(False, "triton is not installed: pip install triton")
+    if call.dtype == torch.float64:
+        return Verdict(False, "has no float64 kernels")
+    capability = torch.cuda.get_device_capability(call.device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(call.device)
+        return Verdict(False, f"needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}")
+    return Verdict(True, f"Triton {version}, {torch.cuda.get_device_name(call.device)}")
+
+
+def triton_implementation(
+    operation: str, module: str | None = None, supports: Callable[[Call], Verdict] = supports_triton
+) -> Implementation:
+    """Functions <operation> and <operation>_backward of newllm_kernels.<operation>.triton, imported at their first call."""
+
+    @functools.cache
+    def load(name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(module or f"newllm_kernels.{operation}.triton"), name)
+
+    backward = f"{operation}_backward"
+    return Implementation("triton", lambda *args: load(operation)(*args), lambda *args: load(backward)(*args), supports)
 
 
 def native_implementation(operation: str, backend: str, supports: Callable[[Call], Verdict]) -> Implementation:

@@ -78,7 +78,9 @@ def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside
         return value
     tensor(name, value, "D")
     if value.shape[0] != width:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted ({width},), the last dimension of {beside_name}")
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, wanted ({width},), the last dimension of {beside_name}"
+        )
     if value.device != beside.device:
         raise ValueError(f"{name}: got device {value.device}, wanted {beside.device}, that of {beside_name}")
     return value.to(acc)

@@ -44,8 +44,6 @@ def fake_grads(f: Tensor, i: Tensor | None, d: Tensor | None) -> tuple[Tensor, T
     return f.new_empty(f.shape), f.new_empty(f.shape), f.new_empty(f.shape)
 
 
-def returned(
-    grads: tuple[Tensor, Tensor, Tensor], i: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def returned(grads: tuple[Tensor, Tensor, Tensor], i: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients as autograd wants them: None for the arguments that were None."""
     return grads if i is not None else (grads[0], None, None)

@@ -40,8 +40,13 @@ class LayerNorm(nn.Module):
     """
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True,
-        bias: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -132,8 +137,15 @@ class ContextUpdate(nn.Module):
     """
 
     def __init__(
-        self, hidden_dim: int, context_dim: int, *, norm: str | None = "state", clamp: float | None = 10.0,
-        eps: float = 1e-5, bias: bool = True, device: torch.device | str | None = None,
+        self,
+        hidden_dim: int,
+        context_dim: int,
+        *,
+        norm: str | None = "state",
+        clamp: float | None = 10.0,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

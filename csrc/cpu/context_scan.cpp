@@ -23,9 +23,33 @@ NEWLLM_INLINE DoubleV clamped(DoubleV y, double limit) {
   return y < -limit ? splat<double>(-limit) : y;
 }
 
+// The backward must know which components the clamp cut, and computes them again from the stored contexts. 16-bit
+// contexts are rounded, so close to the clamp that answer would be chance. Hence the forward leaves it in what it
+// stores: a cut component has the magnitude `edge`, the clamp as the storage holds it, and any other stays at or under
+// `below`, the next smaller value.
+template <class T, class A = acc_t<T>>
+struct CutMark {
+  static constexpr bool kUsed = sizeof(T) == 2;
+  A edge = std::numeric_limits<A>::quiet_NaN();  // no clamp: nothing compares with it
+  A below = std::numeric_limits<A>::infinity();
+
+  explicit CutMark(double clamp_value) {
+    if constexpr (kUsed) {
+      if (clamp_value < std::numeric_limits<double>::infinity()) {
+        T stored[kLanes<A>];
+        store(stored, splat<A>(A(clamp_value)));
+        edge = load(stored)[0];
+        stored[0].bits -= 1;
+        below = load(stored)[0];
+      }
+    }
+  }
+};
+
 // Fills u with the row before the norm and returns its statistics; `before` is the last context, in storage or in acc.
 template <class T, class P, class A = acc_t<T>>
-NEWLLM_INLINE Statistics<A> update_row(const T* f, const T* i, const T* d, const P* before, A* u, int64_t D, double eps) {
+NEWLLM_INLINE Statistics<A> update_row(const T* f, const T* i, const T* d, const P* before, A* u, int64_t D,
+                                       double eps) {
   Vec<A> sums{};  // one running sum is enough: the gates take longer than an addition
   A tail = 0;
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
@@ -49,6 +73,7 @@ void forward_row(const ContextArgs& args, int64_t b, acc_t<T>* state, acc_t<T>* 
   const A* weight = static_cast<const A*>(args.norm.weight);
   const A* bias = static_cast<const A*>(args.norm.bias);
   const A limit = A(args.norm.clamp_value);
+  const CutMark<T> mark(args.norm.clamp_value);
   const S* c0 = row<const S>(args.c0, b, 0);
   S* c_last = row<S>(args.c_last, b, 0);
   if (args.T == 0) std::copy_n(c0, D, c_last);
@@ -64,7 +89,13 @@ void forward_row(const ContextArgs& args, int64_t b, acc_t<T>* state, acc_t<T>* 
       const Vec<A> next = clamped(y, limit);
       if (!last) store_if<false>(full, state + k, next, n);
       if (last) store_if<false>(full, c_last + k, next, n);
-      if (c != nullptr) store_if<false>(full, c + k, next, n);
+      if (c == nullptr) return;
+      if constexpr (CutMark<T>::kUsed) {
+        const Vec<A> uncut = clamped(y, mark.below);
+        store_if<false>(full, c + k, y > limit || y < -limit ? next : uncut, n);
+      } else {
+        store_if<false>(full, c + k, next, n);
+      }
     });
   }
 }
@@ -78,10 +109,11 @@ struct Scratch {
 };
 
 // One step of the adjoint: from grad_c (with the carried part already in scratch.g) to the gates and the carry.
+// `stored` is the context that the forward left behind, where it did.
 template <class T>
-NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, const T* i, const T* d, T* grad_f,
-                                 T* grad_i, T* grad_d, Scratch<acc_t<T>>& scratch, acc_t<T>* grad_weight,
-                                 acc_t<T>* grad_bias) {
+NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, const T* i, const T* d, const T* stored,
+                                 const CutMark<T>& mark, T* grad_f, T* grad_i, T* grad_d, Scratch<acc_t<T>>& scratch,
+                                 acc_t<T>* grad_weight, acc_t<T>* grad_bias) {
   using A = acc_t<T>;
   const int64_t D = args.D;
   const A* weight = static_cast<const A*>(args.norm.weight);
@@ -94,17 +126,21 @@ NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, co
     const Vec<A> w = affine_weight(full, weight, k, n);
     const Vec<A> y = xhat * w + affine_bias(full, bias, k, n);
     Vec<A> grad = load_if(full, g + k, n);
-    grad = y > limit ? Vec<A>{} : grad;
-    grad = y < -limit ? Vec<A>{} : grad;
+    if (CutMark<T>::kUsed && stored != nullptr) {
+      const Vec<A> c = load_if(full, stored + k, n);
+      grad = c >= mark.edge || c <= -mark.edge ? Vec<A>{} : grad;
+    } else {
+      grad = y > limit || y < -limit ? Vec<A>{} : grad;
+    }
     store_if<false>(full, grad_weight + k, load_if(full, grad_weight + k, n) + grad * xhat, n);
     store_if<false>(full, grad_bias + k, load_if(full, grad_bias + k, n) + grad, n);
     store_if<false>(full, u + k, xhat, n);
     store_if<false>(full, g + k, grad * w, n);
   });
   const A mean_g = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) { return load_if(full, g + k, n); }) / A(D);
-  const A mean_gx = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) {
-    return load_if(full, g + k, n) * load_if(full, u + k, n);
-  }) / A(D);
+  const A mean_gx = sum_over<A>(D, [&](int64_t k, auto full,
+                                       int64_t n) { return load_if(full, g + k, n) * load_if(full, u + k, n); }) /
+                    A(D);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
     const Vec<A> du = (load_if(full, g + k, n) - mean_g - load_if(full, u + k, n) * mean_gx) * s.rstd;
     const Activation<Vec<A>> forget = sigmoid(load_if(full, f + k, n));
@@ -122,6 +158,7 @@ void backward_row(const ContextBackwardArgs& args, int64_t b, Scratch<acc_t<T>>&
                   acc_t<T>* grad_bias) {
   using A = acc_t<T>;
   const int64_t D = args.D;
+  const CutMark<T> mark(args.norm.clamp_value);
   const S* last = row<const S>(args.grad_c_last, b, 0);
   const S* c0 = row<const S>(args.c0, b, 0);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
@@ -138,8 +175,8 @@ void backward_row(const ContextBackwardArgs& args, int64_t b, Scratch<acc_t<T>>&
       store_if<false>(full, scratch.before + k, c, n);
     });
     backward_step<T>(args, row<const T>(args.f, b, t), row<const T>(args.i, b, t), row<const T>(args.d, b, t),
-                     row<T>(args.grad_f, b, t), row<T>(args.grad_i, b, t), row<T>(args.grad_d, b, t), scratch,
-                     grad_weight, grad_bias);
+                     row<const T>(args.c, b, t), mark, row<T>(args.grad_f, b, t), row<T>(args.grad_i, b, t),
+                     row<T>(args.grad_d, b, t), scratch, grad_weight, grad_bias);
   }
   S* grad_c0 = row<S>(args.grad_c0, b, 0);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {

@@ -7,8 +7,8 @@
 namespace newllm::cpu::NEWLLM_ISA {
 
 struct ExpPair {
-  FloatV exp;     // e^x
-  FloatV expm1;   // e^x - 1, without cancellation
+  FloatV exp;    // e^x
+  FloatV expm1;  // e^x - 1, without cancellation
 };
 
 // x in [-87, 87]; NaN gives NaN. e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's two-part ln 2), e^r - 1 by a

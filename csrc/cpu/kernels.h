@@ -7,14 +7,14 @@
 
 namespace newllm::cpu {
 
-#define NEWLLM_CPU_KERNELS(X)                      \
-  X(scan_forward, ScanArgs)                        \
-  X(scan_backward, ScanBackwardArgs)               \
-  X(gated_scan_forward, GatedScanArgs)             \
-  X(gated_scan_backward, GatedScanBackwardArgs)    \
-  X(context_forward, ContextArgs)                  \
-  X(context_backward, ContextBackwardArgs)         \
-  X(layer_norm_forward, LayerNormArgs)             \
+#define NEWLLM_CPU_KERNELS(X)                   \
+  X(scan_forward, ScanArgs)                     \
+  X(scan_backward, ScanBackwardArgs)            \
+  X(gated_scan_forward, GatedScanArgs)          \
+  X(gated_scan_backward, GatedScanBackwardArgs) \
+  X(context_forward, ContextArgs)               \
+  X(context_backward, ContextBackwardArgs)      \
+  X(layer_norm_forward, LayerNormArgs)          \
   X(layer_norm_backward, LayerNormBackwardArgs)
 
 // One entry point per kernel; dispatch.cpp sends it to the widest instruction set that this processor has.

@@ -76,7 +76,7 @@ void backward_rows(const LayerNormBackwardArgs& args, int64_t begin, int64_t end
         store_if<false>(full, grad_weight + k, load_if(full, grad_weight + k, n) + grad * xhat, n);
         store_if<false>(full, grad_bias + k, load_if(full, grad_bias + k, n) + grad, n);
         if constexpr (full.value) {
-          const int odd = (k / kLanes<A>) & 1;
+          const int odd = (k / kLanes<A>)&1;
           sum_g[odd] += g;
           sum_gx[odd] += g * xhat;
         } else {

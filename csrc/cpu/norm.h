@@ -41,10 +41,12 @@ struct Statistics {
 // Of a row whose mean is known already.
 template <class T, class A = acc_t<T>>
 NEWLLM_INLINE Statistics<A> row_statistics(const T* x, int64_t D, double eps, A mean) {
-  const A variance = sum_over<A>(D, [&](int64_t k, auto full, int64_t n) {
-    const Vec<A> centred = load_if(full, x + k, n) - mean;
-    return centred * centred;
-  }) / A(D);
+  const A variance = sum_over<A>(D,
+                                 [&](int64_t k, auto full, int64_t n) {
+                                   const Vec<A> centred = load_if(full, x + k, n) - mean;
+                                   return centred * centred;
+                                 }) /
+                     A(D);
   return {mean, A(1) / std::sqrt(variance + A(eps))};
 }
 
@@ -81,15 +83,16 @@ struct RowBlocks {
 // target[k] = sum over blocks of partial[block * D + k], in the order of the blocks.
 template <class A>
 inline void reduce_blocks(const A* partial, int64_t blocks, int64_t D, A* target) {
-  parallel_for(D, std::max<int64_t>(1024, kElementsPerThread / std::max<int64_t>(1, blocks)), [&](int64_t begin, int64_t end) {
-    std::fill(target + begin, target + end, A(0));
-    for (int64_t block = 0; block < blocks; ++block) {
-      for_vectors<A>(end - begin, [&](int64_t k, auto full, int64_t n) {
-        A* out = target + begin + k;
-        store_if<false>(full, out, load_if(full, out, n) + load_if(full, partial + block * D + begin + k, n), n);
+  parallel_for(
+      D, std::max<int64_t>(1024, kElementsPerThread / std::max<int64_t>(1, blocks)), [&](int64_t begin, int64_t end) {
+        std::fill(target + begin, target + end, A(0));
+        for (int64_t block = 0; block < blocks; ++block) {
+          for_vectors<A>(end - begin, [&](int64_t k, auto full, int64_t n) {
+            A* out = target + begin + k;
+            store_if<false>(full, out, load_if(full, out, n) + load_if(full, partial + block * D + begin + k, n), n);
+          });
+        }
       });
-    }
-  });
 }
 
 }  // namespace newllm::cpu::NEWLLM_ISA

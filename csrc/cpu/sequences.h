@@ -23,7 +23,7 @@ struct Task {
   int64_t batch;     // index into B
   int64_t begin;     // first time step
   int64_t length;
-  int64_t d0;        // first column
+  int64_t d0;  // first column
   int64_t columns;
 };
 

@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads)
     const float mean_gx = block_sum(sum_gx, scratch) / float(D);
     for (int64_t k = threadIdx.x; k < D; k += kThreads) {
       const float du = (g[k] - mean_g - xhat[k] * mean_gx) * s.rstd;
-      const Activation forget = sigmoid(to_float(f[k])), input = sigmoid(to_float(i[k])), delta = tanh_of(to_float(d[k]));
+      const Activation forget = sigmoid(to_float(f[k])), input = sigmoid(to_float(i[k])),
+                       delta = tanh_of(to_float(d[k]));
       row<T>(args.grad_f, b)[k] = from_float<T>(du * to_float(c[k]) * forget.slope);
       row<T>(args.grad_i, b)[k] = from_float<T>(du * delta.value * input.slope);
       row<T>(args.grad_d, b)[k] = from_float<T>(du * input.value * delta.slope);
@@ -219,8 +220,8 @@ cudaError_t context_update_backward(const ContextBackwardArgs& args, float* part
     });
     if (error != cudaSuccess) return error;
   }
-  return launch(reduce_kernel, (args.D + kThreads - 1) / kThreads, 0, stream, static_cast<const float*>(partial), blocks,
-                args.D, static_cast<float*>(args.grad_weight), static_cast<float*>(args.grad_bias));
+  return launch(reduce_kernel, (args.D + kThreads - 1) / kThreads, 0, stream, static_cast<const float*>(partial),
+                blocks, args.D, static_cast<float*>(args.grad_weight), static_cast<float*>(args.grad_bias));
 }
 
 }  // namespace newllm::cuda

@@ -13,8 +13,14 @@ from newllm_kernels.operator import define
 
 
 def context_scan(
-    f: Tensor, i: Tensor, d: Tensor, c0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, clamp: float | None = 10.0,
+    f: Tensor,
+    i: Tensor,
+    d: Tensor,
+    c0: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    clamp: float | None = 10.0,
 ) -> tuple[Tensor, Tensor]:
     """`context_update` step after step: c_t = clamp(LayerNorm(sigmoid(f_t) * c_{t-1} + sigmoid(i_t) * tanh(d_t))).
 
@@ -49,8 +55,12 @@ def context_scan(
 
 
 def context_scan_packed(
-    gates: Tensor, c0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, clamp: float | None = 10.0,
+    gates: Tensor,
+    c0: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    clamp: float | None = 10.0,
 ) -> tuple[Tensor, Tensor]:
     """`context_scan` of f, i, d that are the column blocks of one tensor, read in place.
 

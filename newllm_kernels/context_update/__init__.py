@@ -14,8 +14,14 @@ from newllm_kernels.operator import define
 
 
 def context_update(
-    f: Tensor, i: Tensor, d: Tensor, c: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, clamp: float | None = 10.0,
+    f: Tensor,
+    i: Tensor,
+    d: Tensor,
+    c: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    clamp: float | None = 10.0,
 ) -> Tensor:
     """One step of New-LLM's cell: clamp(LayerNorm(sigmoid(f) * c + sigmoid(i) * tanh(d)), -clamp, clamp).
 
@@ -48,7 +54,11 @@ def context_update(
 
 
 def context_update_packed(
-    gates: Tensor, c: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    gates: Tensor,
+    c: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
     clamp: float | None = 10.0,
 ) -> Tensor:
     """`context_update` of f, i, d that are the column blocks of one tensor, read in place.
@@ -136,6 +146,12 @@ def _supports_cuda(call: backends.Call) -> Verdict:
     return verdict
 
 
+def _supports_triton(call: backends.Call) -> Verdict:
+    if call.width > 8192:
+        return Verdict(False, f"keeps a row in registers: D up to 8192, got {call.width}")
+    return backends.supports_triton(call)
+
+
 backends.register(
     "context_update",
     backends.Implementation(
@@ -144,3 +160,4 @@ backends.register(
 )
 backends.register("context_update", backends.native_implementation("context_update", "cpu", backends.supports_cpu))
 backends.register("context_update", backends.native_implementation("context_update", "cuda", _supports_cuda))
+backends.register("context_update", backends.triton_implementation("context_update", supports=_supports_triton))

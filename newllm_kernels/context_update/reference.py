@@ -1,9 +1,9 @@
 """One step of the cell, in plain PyTorch: the definition of `context_update`.
 
-    u = sigmoid(f) * c + sigmoid(i) * tanh(d)
-    c' = clamp(LayerNorm(u), -clamp, clamp)
+u = sigmoid(f) * c + sigmoid(i) * tanh(d)
+c' = clamp(LayerNorm(u), -clamp, clamp)
 
-    f, i, d, c (B, D)   weight, bias (D,)
+f, i, d, c (B, D)   weight, bias (D,)
 """
 
 from __future__ import annotations
@@ -28,14 +28,25 @@ def step(
 
 
 def step_backward(
-    grad: Tensor, f: Tensor, i: Tensor, d: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    grad: Tensor,
+    f: Tensor,
+    i: Tensor,
+    d: Tensor,
+    c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
     clamp: float,
+    cut: Tensor | None = None,
 ) -> ContextGradients:
-    """Its chain rule, written out: gradients of f, i, d, c, weight and bias; everything in the accumulation type."""
+    """Its chain rule, written out: gradients of f, i, d, c, weight and bias; everything in the accumulation type.
+
+    `cut` says which components the clamp cut, where somebody knows better than this computation can.
+    """
     forget, write, delta = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)
     xhat, _, rstd = normalise(forget * c + write * delta, eps)
     y = affine(xhat, weight, bias)
-    dy = grad.masked_fill((y > clamp) | (y < -clamp), 0)
+    dy = grad.masked_fill((y > clamp) | (y < -clamp) if cut is None else cut, 0)
     du = grad_normalise(dy if weight is None else dy * weight, xhat, rstd)
     return (
         du * c * forget * (1 - forget),
@@ -48,7 +59,13 @@ def step_backward(
 
 
 def context_update(
-    f: Tensor, i: Tensor | None, d: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    f: Tensor,
+    i: Tensor | None,
+    d: Tensor | None,
+    c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
     clamp: float,
 ) -> Tensor:
     """The new context in c's dtype; differentiable by PyTorch's own autograd."""
@@ -56,8 +73,15 @@ def context_update(
 
 
 def context_update_backward(
-    grad: Tensor, f: Tensor, i: Tensor | None, d: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None,
-    eps: float, clamp: float,
+    grad: Tensor,
+    f: Tensor,
+    i: Tensor | None,
+    d: Tensor | None,
+    c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    clamp: float,
 ) -> ContextGradients:
     acc = acc_dtype(f.dtype)
     *grads, grad_c, grad_weight, grad_bias = step_backward(

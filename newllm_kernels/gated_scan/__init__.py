@@ -130,3 +130,4 @@ backends.register(
     ),
 )
 backends.register("gated_scan", backends.native_implementation("gated_scan", "cpu", backends.supports_cpu))
+backends.register("gated_scan", backends.triton_implementation("gated_scan"))

@@ -1,6 +1,6 @@
 """c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t), step by step: the definition of `gated_scan`.
 
-    f, i, d, c (B, T, D)   c0, c_last (N, D), N = B, or the number of sequences that cu_seqlens packs into B = 1
+f, i, d, c (B, T, D)   c0, c_last (N, D), N = B, or the number of sequences that cu_seqlens packs into B = 1
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ def gated_scan(
 
 
 def gated_scan_backward(
-    grad_c: Tensor | None, grad_c_last: Tensor | None, f: Tensor, i: Tensor | None, d: Tensor | None, c: Tensor,
-    c0: Tensor | None, cu_seqlens: Tensor | None,
+    grad_c: Tensor | None,
+    grad_c_last: Tensor | None,
+    f: Tensor,
+    i: Tensor | None,
+    d: Tensor | None,
+    c: Tensor,
+    c0: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The adjoint of the scan, then the chain rule through the activations."""
     acc = acc_dtype(f.dtype)

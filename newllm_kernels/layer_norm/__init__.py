@@ -130,3 +130,4 @@ backends.register(
     ),
 )
 backends.register("layer_norm", backends.native_implementation("layer_norm", "cpu", backends.supports_cpu))
+backends.register("layer_norm", backends.triton_implementation("layer_norm"))

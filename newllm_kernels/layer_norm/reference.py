@@ -1,6 +1,6 @@
 """LayerNorm over the last dimension, in plain PyTorch: the definition of `layer_norm` and `add_layer_norm`.
 
-    x, residual, y, sum (..., D)   weight, bias (D,)   mean, rstd: one number a row, (rows,)
+x, residual, y, sum (..., D)   weight, bias (D,)   mean, rstd: one number a row, (rows,)
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from newllm_kernels import backends, checks
@@ -49,9 +48,7 @@ def scan(
     return _scan(a, b, h0, reverse, cu_seqlens)
 
 
-def _kernel(
-    a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _kernel(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     checks.cu_seqlens_values(cu_seqlens, a.shape[1])
     return backends.select("scan", a, a.shape[2]).forward(a, b, h0, reverse, cu_seqlens)
 
@@ -104,3 +101,4 @@ backends.register(
     backends.Implementation("reference", reference.scan, reference.scan_backward, backends.supports_reference),
 )
 backends.register("scan", backends.native_implementation("scan", "cpu", backends.supports_cpu))
+backends.register("scan", backends.triton_implementation("scan"))

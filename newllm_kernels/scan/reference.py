@@ -1,9 +1,11 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t, step by step: the definition of `scan`.
 
-    a, b, h (B, T, D)   h0, h_last (N, D), N = B, or the number of sequences that cu_seqlens packs into B = 1
+a, b, h (B, T, D)   h0, h_last (N, D), N = B, or the number of sequences that cu_seqlens packs into B = 1
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,9 +13,7 @@ from torch import Tensor
 from newllm_kernels.numerics import acc_dtype
 
 
-def scan(
-    a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, h_last); differentiable by PyTorch's own autograd."""
     if cu_seqlens is not None:
         parts = [
@@ -34,7 +34,12 @@ def scan(
 
 
 def scan_backward(
-    grad_h: Tensor | None, grad_h_last: Tensor | None, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool,
+    grad_h: Tensor | None,
+    grad_h_last: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    h0: Tensor | None,
+    reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The adjoint g_t = grad_h_t + a_{t+1} g_{t+1}, written out: grad_b_t = g_t, grad_a_t = g_t h_{t-1}."""
@@ -68,4 +73,4 @@ def scan_backward(
 def segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """First and last-plus-one time step of every packed sequence."""
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

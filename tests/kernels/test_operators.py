@@ -247,6 +247,24 @@ def test_both_ways_to_the_kernel_give_the_same_bits(name):
             assert torch.equal(x, y), function.name()
 
 
+@all_variants
+def test_both_ways_to_record_give_the_same_gradients(name):
+    """Through torch.autograd.Function, and through the operator's autograd kernel while a mode looks on."""
+    problem = variant(name)
+    grads = [torch.randn_like(x) for x in problem.run()]
+
+    def gradients():
+        leaves = {key: x.detach().requires_grad_() for key, x in problem.tensors.items()}
+        return torch.autograd.grad(problem.run(leaves), list(leaves.values()), grads)
+
+    direct = gradients()
+    with _Recorder() as recorder:
+        through_the_dispatcher = gradients()
+    assert recorder.calls
+    for x, y in zip(direct, through_the_dispatcher, strict=True):
+        assert torch.equal(x, y)
+
+
 def _tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -258,21 +276,29 @@ def _python_module(function):
 
 
 @all_variants
-def test_only_plain_calls_skip_the_dispatcher(name):
+def test_modes_see_the_operators(name):
+    """Whoever traces or counts operators gets every call, recorded or not."""
     problem = variant(name)
-    for context, seen in ((torch.no_grad, False), (torch.inference_mode, False), (torch.enable_grad, True)):
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context(), _Recorder() as recorder:
-            leaves = {k: x.detach().requires_grad_(seen) for k, x in problem.tensors.items()}
+            leaves = {k: x.detach().requires_grad_(context is torch.enable_grad) for k, x in problem.tensors.items()}
             problem.run(leaves)
-        assert bool(recorder.calls) == seen
-    assert not operator._is_plain((torch.nn.Parameter(torch.ones(1)),))
+        assert len(recorder.calls) == 1
 
+
+def test_who_needs_to_see_a_call():
     class Subclass(torch.Tensor):
         pass
 
+    x, p = torch.ones(1), torch.nn.Parameter(torch.ones(1))
+    assert operator._way((x, None, 1.0)) == operator.PLAIN
+    assert operator._way((x, p)) == operator.RECORDED
+    assert operator._way((p, x.as_subclass(Subclass))) == operator.TRACED
     with torch.no_grad():
-        assert operator._is_plain((torch.nn.Parameter(torch.ones(1)), None, 1.0))
-        assert not operator._is_plain((torch.ones(1).as_subclass(Subclass),))
+        assert operator._way((x, p)) == operator.PLAIN
+        assert operator._way((x.as_subclass(Subclass),)) == operator.TRACED
+    with _Recorder():
+        assert operator._way((x, p)) == operator.TRACED
 
 
 @all_variants
