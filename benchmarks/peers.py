@@ -54,6 +54,24 @@ class Provider:
 # ---- eager ----------------------------------------------------------------------------------------------------------
 
 
+def written_scan(a: Tensor, b: Tensor) -> Outputs:
+    """The loop as the formula reads; only the time dimension is unbound, or its backward would be quadratic in T."""
+    state, steps = torch.zeros_like(b[:, 0], dtype=torch.float32), []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
+        state = a_t * state + b_t
+        steps.append(state)
+    return (torch.stack(steps, dim=1).to(a.dtype),)
+
+
+def written_gated_scan(f: Tensor, i: Tensor, d: Tensor) -> Outputs:
+    """The loop as the formula reads, gates and all."""
+    state, steps = torch.zeros_like(d[:, 0], dtype=torch.float32), []
+    for f_t, i_t, d_t in zip(*(gate.float().unbind(1) for gate in (f, i, d)), strict=True):
+        state = torch.sigmoid(f_t) * state + torch.sigmoid(i_t) * torch.tanh(d_t)
+        steps.append(state)
+    return (torch.stack(steps, dim=1).to(f.dtype),)
+
+
 def loop_scan(a: Tensor, b: Tensor) -> Outputs:
     state = torch.zeros_like(b[:, 0], dtype=torch.float32)
     steps = []
@@ -167,6 +185,7 @@ def _ours(operation: str) -> Provider:
 PROVIDERS: dict[str, list[Provider]] = {
     "scan": [
         _ours("scan"),
+        Provider("loop", lambda case: written_scan, _too_many_steps),
         Provider("eager", lambda case: loop_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
         Provider(
@@ -177,6 +196,7 @@ PROVIDERS: dict[str, list[Provider]] = {
     ],
     "gated_scan": [
         _ours("gated_scan"),
+        Provider("loop", lambda case: written_gated_scan, _too_many_steps),
         Provider("eager", lambda case: loop_gated_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
     ],

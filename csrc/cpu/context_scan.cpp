@@ -100,17 +100,44 @@ void forward_row(const ContextArgs& args, int64_t b, acc_t<T>* state, acc_t<T>* 
   }
 }
 
-// Scratch rows of one thread: the adjoint that flows back in time, the values of one step, and LayerNorm's input.
+// Scratch rows of one thread: the adjoint that flows back in time, the values of one step, LayerNorm's input, and the
+// activations with their slopes, which the step needs before the norm and after it.
 template <class A>
 struct Scratch {
-  explicit Scratch(int64_t D) : storage(new A[4 * D]), carry(storage.get()), u(carry + D), g(u + D), before(g + D) {}
+  explicit Scratch(int64_t D) : storage(new A[10 * D]) {
+    A* next = storage.get();
+    for (A** row : {&carry, &u, &g, &before, &forget, &forget_slope, &input, &input_slope, &delta, &delta_slope}) {
+      *row = next;
+      next += D;
+    }
+  }
   std::unique_ptr<A[]> storage;
-  A *carry, *u, *g, *before;
+  A *carry, *u, *g, *before, *forget, *forget_slope, *input, *input_slope, *delta, *delta_slope;
 };
+
+// As update_row, and keeps the activations and their slopes.
+template <class T, class A = acc_t<T>>
+NEWLLM_INLINE Statistics<A> update_row_kept(const T* f, const T* i, const T* d, Scratch<A>& scratch, int64_t D,
+                                            double eps) {
+  for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
+    const Activation<Vec<A>> forget = sigmoid(load_if(full, f + k, n));
+    const Activation<Vec<A>> input = sigmoid(load_if(full, i + k, n));
+    const Activation<Vec<A>> delta = tanh(load_if(full, d + k, n));
+    const Vec<A> updated = forget.value * load_if(full, scratch.before + k, n) + input.value * delta.value;
+    store_if<false>(full, scratch.u + k, updated, n);
+    store_if<false>(full, scratch.forget + k, forget.value, n);
+    store_if<false>(full, scratch.forget_slope + k, forget.slope, n);
+    store_if<false>(full, scratch.input + k, input.value, n);
+    store_if<false>(full, scratch.input_slope + k, input.slope, n);
+    store_if<false>(full, scratch.delta + k, delta.value, n);
+    store_if<false>(full, scratch.delta_slope + k, delta.slope, n);
+  });
+  return row_statistics(scratch.u, D, eps);
+}
 
 // One step of the adjoint: from grad_c (with the carried part already in scratch.g) to the gates and the carry.
 // `stored` is the context that the forward left behind, where it did.
-template <class T>
+template <bool kStreaming, class T>
 NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, const T* i, const T* d, const T* stored,
                                  const CutMark<T>& mark, T* grad_f, T* grad_i, T* grad_d, Scratch<acc_t<T>>& scratch,
                                  acc_t<T>* grad_weight, acc_t<T>* grad_bias) {
@@ -120,7 +147,7 @@ NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, co
   const A* bias = static_cast<const A*>(args.norm.bias);
   const A limit = A(args.norm.clamp_value);
   A *u = scratch.u, *g = scratch.g, *before = scratch.before;
-  const Statistics<A> s = update_row(f, i, d, before, u, D, args.norm.eps);
+  const Statistics<A> s = update_row_kept(f, i, d, scratch, D, args.norm.eps);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
     const Vec<A> xhat = (load_if(full, u + k, n) - s.mean) * s.rstd;
     const Vec<A> w = affine_weight(full, weight, k, n);
@@ -143,17 +170,15 @@ NEWLLM_INLINE void backward_step(const ContextBackwardArgs& args, const T* f, co
                     A(D);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
     const Vec<A> du = (load_if(full, g + k, n) - mean_g - load_if(full, u + k, n) * mean_gx) * s.rstd;
-    const Activation<Vec<A>> forget = sigmoid(load_if(full, f + k, n));
-    const Activation<Vec<A>> input = sigmoid(load_if(full, i + k, n));
-    const Activation<Vec<A>> delta = tanh(load_if(full, d + k, n));
-    store_if<false>(full, grad_f + k, du * load_if(full, before + k, n) * forget.slope, n);
-    store_if<false>(full, grad_i + k, du * delta.value * input.slope, n);
-    store_if<false>(full, grad_d + k, du * input.value * delta.slope, n);
-    store_if<false>(full, scratch.carry + k, du * forget.value, n);
+    const auto kept = [&](const A* row) { return load_if(full, row + k, n); };
+    store_if<kStreaming>(full, grad_f + k, du * kept(before) * kept(scratch.forget_slope), n);
+    store_if<kStreaming>(full, grad_i + k, du * kept(scratch.delta) * kept(scratch.input_slope), n);
+    store_if<kStreaming>(full, grad_d + k, du * kept(scratch.input) * kept(scratch.delta_slope), n);
+    store_if<false>(full, scratch.carry + k, du * kept(scratch.forget), n);
   });
 }
 
-template <class T, class S>
+template <class T, class S, bool kStreaming>
 void backward_row(const ContextBackwardArgs& args, int64_t b, Scratch<acc_t<T>>& scratch, acc_t<T>* grad_weight,
                   acc_t<T>* grad_bias) {
   using A = acc_t<T>;
@@ -174,9 +199,10 @@ void backward_row(const ContextBackwardArgs& args, int64_t b, Scratch<acc_t<T>>&
       const Vec<A> c = before != nullptr ? load_if(full, before + k, n) : load_if(full, c0 + k, n);
       store_if<false>(full, scratch.before + k, c, n);
     });
-    backward_step<T>(args, row<const T>(args.f, b, t), row<const T>(args.i, b, t), row<const T>(args.d, b, t),
-                     row<const T>(args.c, b, t), mark, row<T>(args.grad_f, b, t), row<T>(args.grad_i, b, t),
-                     row<T>(args.grad_d, b, t), scratch, grad_weight, grad_bias);
+    backward_step<kStreaming, T>(args, row<const T>(args.f, b, t), row<const T>(args.i, b, t),
+                                 row<const T>(args.d, b, t), row<const T>(args.c, b, t), mark,
+                                 row<T>(args.grad_f, b, t), row<T>(args.grad_i, b, t), row<T>(args.grad_d, b, t),
+                                 scratch, grad_weight, grad_bias);
   }
   S* grad_c0 = row<S>(args.grad_c0, b, 0);
   for_vectors<A>(D, [&](int64_t k, auto full, int64_t n) {
@@ -219,6 +245,10 @@ void context_backward(const ContextBackwardArgs& args) {
     using T = decltype(tag);
     using A = acc_t<T>;
     const RowBlocks blocks(args.B, args.T * args.D);
+    bool streaming = 3 * args.B * args.T * args.D * int64_t(sizeof(T)) > kStreamingBytes;
+    for (const View3& view : {args.grad_f, args.grad_i, args.grad_d}) {
+      streaming = streaming && is_aligned<T>(view.data, view.stride_b, view.stride_t);
+    }
     const std::unique_ptr<A[]> partial(new A[2 * blocks.count * args.D]);
     A* partial_bias = partial.get() + blocks.count * args.D;
     parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
@@ -230,9 +260,11 @@ void context_backward(const ContextBackwardArgs& args) {
         std::fill_n(grad_bias, args.D, A(0));
         const int64_t last = std::min(args.B, (block + 1) * blocks.rows_per_block);
         for (int64_t b = block * blocks.rows_per_block; b < last; ++b) {
-          backward_row<T, decltype(state_tag)>(args, b, scratch, grad_weight, grad_bias);
+          streaming ? backward_row<T, decltype(state_tag), true>(args, b, scratch, grad_weight, grad_bias)
+                    : backward_row<T, decltype(state_tag), false>(args, b, scratch, grad_weight, grad_bias);
         }
       }
+      if (streaming) finish_streaming();
     });
     reduce_blocks(partial.get(), blocks.count, args.D, static_cast<A*>(args.grad_weight));
     reduce_blocks(partial_bias, blocks.count, args.D, static_cast<A*>(args.grad_bias));

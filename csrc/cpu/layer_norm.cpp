@@ -6,9 +6,6 @@
 namespace newllm::cpu::NEWLLM_ISA {
 namespace {
 
-// An output larger than this is streamed past the caches (see sequences.h, which has the same limit for the scans).
-constexpr int64_t kStreamingBytes = 8 << 20;
-
 template <class T, bool kStreaming>
 void forward_rows(const LayerNormArgs& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;

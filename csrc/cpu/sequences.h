@@ -14,10 +14,6 @@ inline constexpr int64_t kMaxBlock = 1024;
 // A block starts on a cache-line boundary of every storage format, so no line is written by two threads.
 inline constexpr int64_t kBlockStep = 64;
 
-// Outputs larger than this are streamed past the caches: about what a second-level cache holds, so whoever reads a
-// larger tensor next would not find it there anyway.
-inline constexpr int64_t kStreamingBytes = 8 << 20;
-
 struct Task {
   int64_t sequence;  // row of the state tensors
   int64_t batch;     // index into B

@@ -171,6 +171,10 @@ NEWLLM_INLINE void store_part(T* p, Vec<acc_t<T>> v, int64_t n) {
   std::memcpy(p, &bits, size_t(n) * sizeof(T));
 }
 
+// Outputs larger than this are streamed past the caches. Measured: from 8 MiB on streaming is faster, at 2 MiB it is
+// not; whoever reads a tensor of this size next finds little of it in a second-level cache anyway.
+inline constexpr int64_t kStreamingBytes = 6 << 20;
+
 // A store that bypasses the caches: the line is not read first, which saves a third of a scan's traffic. It pays only
 // for outputs too large to be found in cache by whoever reads them next, and needs an aligned address.
 template <class T>
