@@ -21,7 +21,7 @@ cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "newllm: this PyTorch does not tell its current CUDA stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

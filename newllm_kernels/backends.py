@@ -5,9 +5,9 @@
     cpu        C++ (csrc/cpu), CPU tensors
     reference  plain PyTorch (newllm_kernels/<op>/reference.py), any tensor: the definition, slow
 
-`auto` takes the first of these, in this order, that can serve; `use_backend` and the variable NEWLLM_KERNELS_BACKEND name
-one instead, and a named backend that cannot serve raises `BackendError` with its reason. Where `auto` is left with the
-reference it says so once per operation and device.
+`auto` takes the first of these, in this order, that can serve, unless a later one was measured faster (`rank`);
+`use_backend` and the variable NEWLLM_KERNELS_BACKEND name one instead, and a named backend that cannot serve raises
+`BackendError` with its reason. Where `auto` is left with the reference it says so once per operation and device.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Implementation:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     supports: Callable[[Call], Verdict]
+    rank: int = 0  # for `auto`, where measurement contradicts the order of BACKENDS
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -125,6 +126,11 @@ def verdicts(operation: str, call: Call) -> dict[str, Verdict]:
     return answers
 
 
+def _best(operation: str, answers: dict[str, Verdict]) -> str:
+    able = [backend for backend in BACKENDS if answers[backend].ok]
+    return max(able, key=lambda backend: _registry[operation][backend].rank)  # the first of equals
+
+
 def _choose(operation: str, call: Call) -> Implementation:
     answers = verdicts(operation, call)
     if _chosen != "auto":
@@ -133,7 +139,7 @@ def _choose(operation: str, call: Call) -> Implementation:
                 f"{operation}: the backend {_chosen!r} cannot serve this call: {answers[_chosen].reason}"
             )
         return _registry[operation][_chosen]
-    best = next(backend for backend in BACKENDS if answers[backend].ok)
+    best = _best(operation, answers)
     if best == "reference" and (operation, call.device.type) not in _warned:
         _warned.add((operation, call.device.type))
         reasons = "; ".join(f"{backend}: {answer.reason}" for backend, answer in answers.items() if not answer.ok)
@@ -162,10 +168,7 @@ def explain(operation: str, *args: Any, **kwargs: Any) -> str:
     width = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1]
     call = Call(tensor.device, tensor.dtype, width)
     answers = verdicts(name, call)
-    if _chosen == "auto":
-        taken = next(backend for backend in BACKENDS if answers[backend].ok)
-    else:
-        taken = _chosen if answers[_chosen].ok else None
+    taken = _best(name, answers) if _chosen == "auto" else _chosen if answers[_chosen].ok else None
     lines = [f"{operation} of {call.dtype} on {call.device}, width {call.width} (choice: {_chosen})"]
     for backend, answer in answers.items():
         mark = "->" if backend == taken else "  "
@@ -234,7 +237,7 @@ def supports_triton(call: Call) -> Verdict:
 
 
 def triton_implementation(
-    operation: str, module: str | None = None, supports: Callable[[Call], Verdict] = supports_triton
+    operation: str, module: str | None = None, supports: Callable[[Call], Verdict] = supports_triton, rank: int = 0
 ) -> Implementation:
     """Functions <operation> and <operation>_backward of newllm_kernels.<operation>.triton, imported at their first call."""
 
@@ -243,10 +246,14 @@ def triton_implementation(
         return getattr(importlib.import_module(module or f"newllm_kernels.{operation}.triton"), name)
 
     backward = f"{operation}_backward"
-    return Implementation("triton", lambda *args: load(operation)(*args), lambda *args: load(backward)(*args), supports)
+    return Implementation(
+        "triton", lambda *args: load(operation)(*args), lambda *args: load(backward)(*args), supports, rank
+    )
 
 
-def native_implementation(operation: str, backend: str, supports: Callable[[Call], Verdict]) -> Implementation:
+def native_implementation(
+    operation: str, backend: str, supports: Callable[[Call], Verdict], rank: int = 0
+) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
         forward = getattr(torch.ops.newllm_native, operation).default
@@ -257,4 +264,4 @@ def native_implementation(operation: str, backend: str, supports: Callable[[Call
             raise BackendError(native.library().reason)
 
         backward = forward
-    return Implementation(backend, forward, backward, supports)
+    return Implementation(backend, forward, backward, supports, rank)

@@ -28,3 +28,8 @@ def device_of(tensor: Tensor) -> Any:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Small tensors (states, weights) as the kernels read them."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from newllm_kernels import backends, checks, gates
 from newllm_kernels.context_scan import reference
+from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
 
@@ -143,3 +144,12 @@ backends.register(
     ),
 )
 backends.register("context_scan", backends.native_implementation("context_scan", "cpu", backends.supports_cpu))
+
+
+def _supports_triton(call: backends.Call) -> Verdict:
+    if call.width > 8192:
+        return Verdict(False, f"keeps a row in registers: D up to 8192, got {call.width}")
+    return backends.supports_triton(call)
+
+
+backends.register("context_scan", backends.triton_implementation("context_scan", supports=_supports_triton))

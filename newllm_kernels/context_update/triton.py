@@ -9,7 +9,7 @@ from torch import Tensor
 
 from newllm_kernels.layer_norm.triton import programs_for, reduce_partials, row_statistics, row_tile
 from newllm_kernels.scan.triton import columns, gated_write, sigmoid, sigmoid_slope, tanh
-from newllm_kernels.triton_support import device_of
+from newllm_kernels.triton_support import contiguous, device_of
 
 WIDEST = 8192
 
@@ -118,6 +118,7 @@ def context_update(
 ) -> Tensor:
     """newllm::context_update"""
     f, i, d = gate_rows(f, i, d)
+    weight, bias = contiguous(weight, bias)
     rows, D = c.shape
     out = torch.empty((rows, D), dtype=c.dtype, device=c.device)
     if rows == 0:
@@ -149,6 +150,7 @@ def context_update_backward(
     second, third = (first.new_empty(0 if packed else f.shape) for _ in range(2))
     gf, gi, gd = gate_rows(first, None, None) if packed else (first, second, third)
     f, i, d = gate_rows(f, i, d)
+    weight, bias = contiguous(weight, bias)
     rows, D = c.shape
     grad_c = torch.empty((rows, D), dtype=c.dtype, device=c.device)
     if rows == 0:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.triton_support import device_of, multiprocessors
+from newllm_kernels.triton_support import contiguous, device_of, multiprocessors
 
 WIDEST = 8192  # columns of a row that is kept in registers
 
@@ -210,7 +210,7 @@ def row_tile(D: int, elements: int) -> tuple[int, int, int]:
     """(BR, BD, warps) of a tile of about `elements` per four warps, whole rows."""
     BD = triton.next_power_of_2(D)
     BR = max(1, elements // BD)
-    return BR, BD, min(16, max(4, BR * BD // 1024))
+    return BR, BD, min(16, max(4, BR * BD // 1024)) if BD > 4096 else 4
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -243,6 +243,7 @@ def layer_norm(
     if rows == 0:
         return y, total, mean, rstd
     x = as_rows(x)
+    weight, bias = contiguous(weight, bias)
     residual = None if residual is None else as_rows(residual)
     tensors = (x, residual, weight, bias, y, total, mean, rstd)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
@@ -251,10 +252,10 @@ def layer_norm(
         if D > WIDEST:
             _forward_wide[(rows,)](*tensors, D, *strides, eps, **has, BD=4096, num_warps=8)
         else:
-            BR, BD, warps = row_tile(D, 2048)
-            programs = programs_for(x, triton.cdiv(rows, BR), 16)
+            BR, BD, warps = row_tile(D, 4096)
+            programs = programs_for(x, triton.cdiv(rows, BR), 32)
             _forward_narrow[(programs,)](
-                *tensors, rows, D, *strides, eps, **has, BR=BR, BD=BD, STAGES=2, num_warps=warps
+                *tensors, rows, D, *strides, eps, **has, BR=BR, BD=BD, STAGES=1, num_warps=warps
             )
     return y, total, mean, rstd
 
@@ -269,19 +270,22 @@ def layer_norm_backward(
     if rows == 0:
         return grad_x, *(torch.zeros(D, dtype=torch.float32, device=x.device) for _ in range(2))
     x = as_rows(x)
+    mean, rstd, weight = contiguous(mean, rstd, weight)
     grad_y, grad_sum = (None if g is None else as_rows(g) for g in (grad_y, grad_sum))
     strides = (0 if grad_y is None else grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0))
     with device_of(x):
         if D > WIDEST and grad_y is not None:
             gweight, gbias, parts = _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
         else:
-            BR, BD, warps = row_tile(D, 2048)
-            parts = programs_for(x, triton.cdiv(rows, BR), 4)
+            # Few programs with many loads in flight: each leaves a row of partial sums behind.
+            elements, per_multiprocessor = (4096, 2) if D <= 512 else (2048, 3) if D <= 2048 else (8192, 1)
+            BR, BD, warps = row_tile(D, elements)
+            parts = programs_for(x, triton.cdiv(rows, BR), per_multiprocessor)
             gweight, gbias = (torch.empty((parts, D), dtype=torch.float32, device=x.device) for _ in range(2))
             _backward_narrow[(parts,)](
                 grad_y, grad_sum, x, mean, rstd, weight, grad_x, gweight, gbias, rows, D, *strides,
                 HAS_GY=grad_y is not None, HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None, BR=BR, BD=BD,
-                STAGES=2, num_warps=warps,
+                STAGES=3, num_warps=warps,
             )  # fmt: skip
         return grad_x, *reduce_partials(parts, gweight, gbias)
 

@@ -53,16 +53,29 @@ def _inverse(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """e^x by the hardware's 2^x. Its argument x log2(e) is rounded, which costs |x| units in the last place; exact: what
+    the rounding lost comes back as a factor."""
+    if EXACT:
+        LOG2_E: tl.constexpr = 1.4426950408889634
+        t = x * LOG2_E
+        lost = tl.fma(x, tl.full([], LOG2_E, tl.float32), -t) + x * 1.925963033e-8  # log2(e) beyond float32
+        return tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 1e30, lost, 0.0) * 0.6931471805599453)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
 def sigmoid(x, EXACT: tl.constexpr):
     """Where e^-x overflows, 1 / inf = 0 is right."""
-    return _inverse(1.0 + tl.exp(-x), EXACT)
+    return _inverse(1.0 + _exp(-x, EXACT), EXACT)
 
 
 @triton.jit
 def sigmoid_slope(x, s, EXACT: tl.constexpr):
     """Of s = sigmoid(x): s^2 e^-x, which keeps its digits where s (1 - s) cancels; past -87 e^-x would overflow."""
     if EXACT:
-        return s * s * tl.exp(-tl.maximum(x, -87.0))
+        return s * s * _exp(-tl.maximum(x, -87.0), EXACT)
     else:
         return s * (1.0 - s)
 
@@ -73,7 +86,7 @@ def tanh(x, EXACT: tl.constexpr):
     if EXACT:
         x2 = x * x
         small = x * (1.0 + x2 * (-0.333333333 + x2 * (0.133333333 + x2 * (-0.053968254 + x2 * 0.021869488))))
-        e = tl.exp(-2.0 * tl.abs(x))
+        e = _exp(-2.0 * tl.abs(x), EXACT)
         large = (1.0 - e) / (1.0 + e)
         return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
     else:
@@ -449,21 +462,29 @@ def _backward_look_back(
 
 
 def _tiles(dtype: torch.dtype, gated: bool, backward: bool, look_back: bool) -> tuple[int, int, int, int, int]:
-    """(R, G, BD, warps, stages), measured on an H100 (docs/performance.md). G groups are what the threads hold at a time
-    when each loads 16 bytes."""
-    G = 16 if dtype == torch.float32 else 32
-    return (4, G, 32, 4, 1) if look_back else (4, G, 32, 4, 3)
+    """(R, G, BD, warps, stages), each the fastest of some twenty on an H100 (docs/performance.md).
+
+    G groups are what the threads hold at a time when each loads 16 bytes: 32 * warps * (16 / itemsize) / BD.
+    """
+    if look_back:
+        return (8, 16, 32, 4, 1) if dtype == torch.float32 else (8, 32, 32, 4, 1)
+    if dtype == torch.float32:
+        return 4, 8, 32, 2, 3 if backward or gated else 4
+    if gated:
+        return (2, 32, 64, 8, 3) if backward else (2, 32, 32, 4, 3)
+    return 4, 32, 64, 8, 3
 
 
 def _plan(
     x: Tensor, N: int, T: int, D: int, packed_sequences: bool, gated: bool, backward: bool
 ) -> tuple[bool, int, int, int, int, int, int]:
     """Whether to look back, the tile, and the number of programs side by side. Looks back where whole sequences would
-    leave multiprocessors idle."""
+    leave most multiprocessors idle."""
     R, G, BD, warps, stages = _tiles(x.dtype, gated, backward, look_back=False)
     BD = min(BD, max(16, triton.next_power_of_2(D)))
     programs = N * triton.cdiv(D, BD)
-    if packed_sequences or T <= 2 * R * G or programs >= 1.5 * multiprocessors(x.device):
+    # A third of the multiprocessors streaming moves as much as all of them looking back.
+    if packed_sequences or T <= 2 * R * G or 3 * programs >= multiprocessors(x.device):
         return False, R, G, BD, warps, stages, programs
     R, G, BD, warps, stages = _tiles(x.dtype, gated, backward, look_back=True)
     BD = min(BD, max(16, triton.next_power_of_2(D)))
