@@ -210,7 +210,7 @@ def row_tile(D: int, elements: int) -> tuple[int, int, int]:
     """(BR, BD, warps) of a tile of about `elements` per four warps, whole rows."""
     BD = triton.next_power_of_2(D)
     BR = max(1, elements // BD)
-    return BR, BD, min(16, max(4, BR * BD // 1024)) if BD > 4096 else 4
+    return BR, BD, min(16, max(4, BR * BD // 1024))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ ROWS = ("context_update", "context_update_packed", "layer_norm", "add_layer_norm
 SMALL = [(2, 70, 17), (1, 300, 5)]
 FEW_STEPS = [(2, 9, 17), (3, 7, 33)]
 LARGE = [
-    (1, 1, 1),
+    (3, 40, 1),
     (2, 7, 33),
     (3, 33, 1000),
     (2, 1000, 7),
