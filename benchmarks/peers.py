@@ -2,7 +2,8 @@
 
     newllm     the auto backend
     eager      what a user writes without this package: torch.nn.functional.layer_norm, a composition of tensor operations,
-               or, for a recurrence, a Python loop over T
+               or, for a recurrence, a Python loop over T, tuned (activations hoisted, fused multiply-add)
+    loop       that loop as the formula reads
     compiled   torch.compile of the best pure-PyTorch formulation known (formulations.py; bench_scan.py --candidates times
                the others too)
     liger, fla, accelerated-scan   other people's Triton and CUDA kernels, where they are installed
