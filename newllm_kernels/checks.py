@@ -14,20 +14,22 @@ from torch import Tensor
 from newllm_kernels.numerics import DTYPES, acc_dtype
 
 
-def tensor(name: str, value: object, letters: str) -> Tensor:
-    """A dense floating-point tensor of a supported dtype with one dimension per letter ("BTD")."""
+def tensor(name: str, value: object, letters: str | None) -> Tensor:
+    """A dense floating-point tensor of a supported dtype with one dimension per letter ("BTD"); None: one or more."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor {shape_of(letters)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
-    if value.dim() != len(letters):
+    if value.dim() != len(letters) if letters else value.dim() == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {shape_of(letters)}")
     if value.shape[-1] == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a last dimension of at least 1")
     return value
 
 
-def shape_of(letters: str) -> str:
+def shape_of(letters: str | None) -> str:
+    if letters is None:
+        return "(..., D)"
     return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
 
 
@@ -44,7 +46,7 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {tuple(other.shape)}, that of {other_name}")
 
 
-def packed(name: str, gates: Tensor, letters: str) -> int:
+def packed(name: str, gates: Tensor, letters: str | None) -> int:
     """Gates f, i, d as column blocks; returns D."""
     width = tensor(name, gates, letters).shape[-1]
     if width % 3:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from newllm_kernels.context_update.triton import clamped
 from newllm_kernels.layer_norm.triton import reduce_partials
-from newllm_kernels.scan.triton import columns, gated_write, sigmoid, sigmoid_slope, tanh
+from newllm_kernels.scan.triton import columns
+from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 from newllm_kernels.triton_support import contiguous, device_of
 
 WIDEST = 8192

@@ -47,7 +47,7 @@ def context_update(
     >>> nk.context_update(f, i, d, torch.tensor([[-2.0, 2.0]]), eps=0.0).tolist()
     [[-1.0, 1.0]]
     """
-    checks.tensor("f", f, "." * max(1, f.dim() if isinstance(f, Tensor) else 1))
+    checks.tensor("f", f, None)
     checks.like("i", i, "f", f)
     checks.like("d", d, "f", f)
     return _checked(f, i, d, c, weight, bias, eps, clamp, "f", f.shape)
@@ -71,7 +71,7 @@ def context_update_packed(
     >>> nk.context_update_packed(torch.zeros(1, 6), torch.tensor([[-2.0, 2.0]]), eps=0.0).tolist()
     [[-1.0, 1.0]]
     """
-    D = checks.packed("gates", gates, "." * max(1, gates.dim() if isinstance(gates, Tensor) else 1))
+    D = checks.packed("gates", gates, None)
     return _checked(gates, None, None, c, weight, bias, eps, clamp, "gates", (*gates.shape[:-1], D))
 
 

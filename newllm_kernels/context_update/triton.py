@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm_kernels.layer_norm.triton import programs_for, reduce_partials, row_statistics, row_tile
-from newllm_kernels.scan.triton import columns, gated_write, sigmoid, sigmoid_slope, tanh
+from newllm_kernels.scan.triton import columns
+from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 from newllm_kernels.triton_support import contiguous, device_of
 
 WIDEST = 8192

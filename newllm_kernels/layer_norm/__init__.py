@@ -32,7 +32,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     >>> nk.layer_norm(torch.tensor([[1.0, 3.0]]), eps=0.0).tolist()
     [[-1.0, 1.0]]
     """
-    checks.tensor("x", x, "." * max(1, x.dim() if isinstance(x, Tensor) else 1))
+    checks.tensor("x", x, None)
     D = x.shape[-1]
     weight, bias = checks.affine("weight", weight, D, "x", x), checks.affine("bias", bias, D, "x", x)
     return _layer_norm(x, None, weight, bias, checks.eps(eps))[0]
@@ -58,7 +58,7 @@ def add_layer_norm(
     >>> y.tolist(), total.tolist()
     ([[-1.0, 1.0]], [[1.0, 3.0]])
     """
-    checks.tensor("x", x, "." * max(1, x.dim() if isinstance(x, Tensor) else 1))
+    checks.tensor("x", x, None)
     checks.like("residual", residual, "x", x)
     D = x.shape[-1]
     weight, bias = checks.affine("weight", weight, D, "x", x), checks.affine("bias", bias, D, "x", x)
