@@ -2,7 +2,8 @@
 // defined in newllm_kernels/<op>/__init__.py and call these where the backend is "cpu" or "cuda".
 //
 // f, i, d: three tensors (B, T, D), or f alone with the three as column blocks (B, T, 3D); gradients come laid out
-// alike. States, statistics and LayerNorm parameters are in the accumulation type, float32 or (for float64) float64.
+// alike. States and statistics are in the accumulation type, float32 or (for float64) float64, and so are the gradients
+// of weight and bias; these themselves may be of any dtype.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(newllm_native, m) {

@@ -133,7 +133,7 @@ Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTe
                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
   const Gates gates(f, i, d);
   const Tensor c = with_contiguous_rows(c_);
-  const Norm norm(weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp);
   Tensor next = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
   ContextArgs args = context_args(gates, norm, c);
   args.c_last = view(next);
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> context_scan(const Tensor& f, const OptionalTensor& i
                                         double eps, double clamp) {
   const Gates gates(f, i, d);
   const Tensor c0 = with_contiguous_rows(c0_);
-  const Norm norm(weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp);
   Tensor c = empty<3>({gates.B(), gates.T(), gates.D}, f.scalar_type(), f);
   Tensor c_last = empty<2>({gates.B(), gates.D}, c0.scalar_type(), f);
   ContextArgs args = context_args(gates, norm, c0);
@@ -165,7 +165,7 @@ ContextGradients context_backward(const OptionalTensor& grad_c_, const OptionalT
                                   double eps, double clamp) {
   const Gates gates(f, i, d);
   GateGradients grads(gates);
-  const Norm norm(weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp);
   const Tensor c0 = with_contiguous_rows(c0_);
   const OptionalTensor c = with_contiguous_rows(c_), grad_c = with_contiguous_rows(grad_c_);
   const OptionalTensor grad_c_last = with_contiguous_rows(grad_c_last_);
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Op
                                                       double eps) {
   const Rows x(x_);
   const std::optional<Rows> residual = rows_of(residual_);
-  const Norm norm(weight, bias, eps, 0);
+  const Norm norm(x_, weight, bias, eps, 0);
   LayerNormArgs args;
   args.dtype = dtype_of(x_);
   args.rows = x.count;
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& gra
                                                        const OptionalTensor& weight) {
   const Rows x(x_);
   const std::optional<Rows> grad_y = rows_of(grad_y_), grad_sum = rows_of(grad_sum_);
-  const Norm norm(weight, std::nullopt, 0, 0);
+  const Norm norm(x_, weight, std::nullopt, 0, 0);
   LayerNormBackwardArgs args;
   args.dtype = dtype_of(x_);
   args.rows = x.count;

@@ -34,7 +34,7 @@ Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTe
   const torch::stable::accelerator::DeviceGuard guard(f.get_device_index());
   const Gates gates(f, i, d);
   const Tensor c = with_contiguous_rows(c_);
-  const Norm norm(weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp);
   Tensor next = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
   ContextArgs args;
   args.dtype = dtype_of(gates.first);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_update_backwa
   const Gates gates(f, i, d);
   GateGradients grads(gates);
   const Tensor c = with_contiguous_rows(c_), grad = with_contiguous_rows(grad_);
-  const Norm norm(weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp);
   Tensor grad_c = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
   Tensor grad_weight = empty<1>({gates.D}, ScalarType::Float, f), grad_bias = empty<1>({gates.D}, ScalarType::Float, f);
   Tensor partial = empty<3>({2, cuda::context_update_blocks(gates.B()), gates.D}, ScalarType::Float, f);

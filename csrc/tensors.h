@@ -177,13 +177,19 @@ inline std::optional<Rows> rows_of(const OptionalTensor& tensor) {
   return tensor ? std::optional<Rows>(Rows(*tensor)) : std::nullopt;
 }
 
+// A parameter (D) as the kernels read it: contiguous, in the accumulation type.
+inline OptionalTensor parameter(const OptionalTensor& tensor, ScalarType acc) {
+  if (!tensor) return std::nullopt;
+  return contiguous(tensor->scalar_type() == acc ? tensor : OptionalTensor(torch::stable::to(*tensor, acc)));
+}
+
 // LayerNorm's parameters and, for the backward, their gradients. Weight and bias are (D) in acc.
 struct Norm {
   OptionalTensor weight, bias;
   NormParams params;
 
-  Norm(const OptionalTensor& weight_, const OptionalTensor& bias_, double eps, double clamp_value)
-      : weight(contiguous(weight_)), bias(contiguous(bias_)) {
+  Norm(const Tensor& beside, const OptionalTensor& weight_, const OptionalTensor& bias_, double eps, double clamp_value)
+      : weight(parameter(weight_, acc_type(beside))), bias(parameter(bias_, acc_type(beside))) {
     params = {data_or_null(weight), data_or_null(bias), eps, clamp_value};
   }
 };

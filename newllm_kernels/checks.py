@@ -72,12 +72,9 @@ def state(name: str, value: Tensor | None, shape: tuple[int, ...], beside_name: 
 
 
 def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside: Tensor) -> Tensor | None:
-    """A LayerNorm parameter (D,), of any supported dtype. Comes back in the accumulation type of `beside`."""
+    """A LayerNorm parameter (D,), of any supported dtype, whatever that of `beside`."""
     if value is None:
         return None
-    acc = acc_dtype(beside.dtype)
-    if isinstance(value, Tensor) and value.dtype == acc and value.shape == (width,) and value.device == beside.device:
-        return value
     tensor(name, value, "D")
     if value.shape[0] != width:
         raise ValueError(
@@ -85,7 +82,7 @@ def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside
         )
     if value.device != beside.device:
         raise ValueError(f"{name}: got device {value.device}, wanted {beside.device}, that of {beside_name}")
-    return value.to(acc)
+    return value
 
 
 def eps(value: float) -> float:

@@ -117,8 +117,8 @@ def _backward(ctx: Any, grad_c: Tensor | None, grad_c_last: Tensor | None) -> tu
         grad_c, grad_c_last, f, i, d, c, c0, weight, bias, ctx.eps, ctx.clamp
     )
     return (
-        *gates.returned(grads, i), grad_c0, None if weight is None else grad_weight,
-        None if bias is None else grad_bias, None, None,
+        *gates.returned(grads, i), grad_c0, None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype), None, None,
     )  # fmt: skip
 
 

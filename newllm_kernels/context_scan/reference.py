@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newllm_kernels import gates
 from newllm_kernels.context_update.reference import ContextGradients, step, step_backward
-from newllm_kernels.numerics import acc_dtype
+from newllm_kernels.numerics import acc_dtype, in_acc
 
 
 def _edge(dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor] | None:
@@ -50,6 +50,7 @@ def context_scan(
 ) -> tuple[Tensor, Tensor]:
     """(c, c_last); the state goes from step to step unrounded. Differentiable by PyTorch's own autograd."""
     dtype, B = f.dtype, f.shape[0]
+    weight, bias = in_acc(weight, dtype), in_acc(bias, dtype)
     f, i, d = gates.split(f, i, d)
     state = c0.to(f.dtype)
     steps = []
@@ -77,6 +78,7 @@ def context_scan_backward(
 ) -> ContextGradients:
     """Backpropagation through time: the gradient of c_t is what came from outside plus what step t + 1 hands back."""
     acc, (B, T, D) = acc_dtype(f.dtype), c.shape
+    weight, bias = in_acc(weight, f.dtype), in_acc(bias, f.dtype)
     f_, i_, d_ = gates.split(f, i, d)
     grads = tuple(torch.empty(B, T, D, dtype=acc, device=f.device) for _ in range(3))
     grad_weight, grad_bias = f_.new_zeros(D), f_.new_zeros(D)

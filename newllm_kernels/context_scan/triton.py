@@ -65,9 +65,9 @@ def _forward(
     m_d = o_d < D
     weight, bias = tl.full([BD], 1.0, tl.float32), tl.zeros([BD], tl.float32)
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     state = tl.load(p_c0 + i_b * s_c0 + o_d, mask=m_d, other=0.0).to(tl.float32)
     p_f, p_i, p_d, p_c = p_f + i_b * s_fb + o_d, p_i + i_b * s_ib + o_d, p_d + i_b * s_db + o_d, p_c + i_b * T * D + o_d
     for _ in tl.range(0, T, num_stages=STAGES):
@@ -134,9 +134,9 @@ def _backward(
     m_d = o_d < D
     weight, bias = tl.full([BD], 1.0, tl.float32), tl.zeros([BD], tl.float32)
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     start = tl.load(p_c0 + i_b * s_c0 + o_d, mask=m_d, other=0.0).to(tl.float32)
     carry = tl.zeros([BD], tl.float32)
     if HAS_GLAST:

@@ -116,7 +116,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, f, i, d, c, weight, bias, ctx.eps, ctx.clamp
     )
     return (
-        *gates.returned(grads, i), grad_c, None if weight is None else grad_weight, None if bias is None else grad_bias,
+        *gates.returned(grads, i), grad_c, None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype),
         None, None,
     )  # fmt: skip
 

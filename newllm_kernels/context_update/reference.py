@@ -13,7 +13,7 @@ from torch import Tensor
 
 from newllm_kernels import gates
 from newllm_kernels.layer_norm.reference import affine, grad_normalise, normalise
-from newllm_kernels.numerics import acc_dtype
+from newllm_kernels.numerics import acc_dtype, in_acc
 
 ContextGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -69,6 +69,7 @@ def context_update(
     clamp: float,
 ) -> Tensor:
     """The new context in c's dtype; differentiable by PyTorch's own autograd."""
+    weight, bias = in_acc(weight, f.dtype), in_acc(bias, f.dtype)
     return step(*gates.split(f, i, d), c.to(acc_dtype(f.dtype)), weight, bias, eps, clamp).to(c.dtype).contiguous()
 
 
@@ -84,6 +85,7 @@ def context_update_backward(
     clamp: float,
 ) -> ContextGradients:
     acc = acc_dtype(f.dtype)
+    weight, bias = in_acc(weight, f.dtype), in_acc(bias, f.dtype)
     *grads, grad_c, grad_weight, grad_bias = step_backward(
         grad.to(acc), *gates.split(f, i, d), c.to(acc), weight, bias, eps, clamp
     )

@@ -38,9 +38,9 @@ def _forward(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)[None, :]
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)[None, :]
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = (i_r * BR + tl.arange(0, BR).to(tl.int64))[:, None]
         mask = (o_r < rows) & m_d[None, :]
@@ -65,9 +65,9 @@ def _backward(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)[None, :]
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)[None, :]
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     gweight, gbias = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = (i_r * BR + tl.arange(0, BR).to(tl.int64))[:, None]

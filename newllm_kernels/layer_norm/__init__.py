@@ -89,7 +89,7 @@ def _fake_backward(grad_y, grad_sum, x, mean, rstd, weight):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total if ctx.has_residual else x, weight, mean, rstd)
@@ -103,8 +103,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, *_: None
     x, weight, mean, rstd = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_y, grad_sum, x, mean, rstd, weight)
     return (
-        grad_x, grad_x if ctx.has_residual else None, None if weight is None else grad_weight,
-        grad_bias if ctx.has_bias else None, None,
+        grad_x, grad_x if ctx.has_residual else None, None if weight is None else grad_weight.to(weight.dtype),
+        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype), None,
     )  # fmt: skip
 
 

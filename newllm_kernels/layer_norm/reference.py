@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newllm_kernels.numerics import acc_dtype
+from newllm_kernels.numerics import acc_dtype, in_acc
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def layer_norm(
     acc = acc_dtype(x.dtype)
     total = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)  # what is kept is what is normalised
     xhat, mean, rstd = normalise(total.to(acc), eps)
-    y = affine(xhat, weight, bias).to(x.dtype).contiguous()
+    y = affine(xhat, in_acc(weight, x.dtype), in_acc(bias, x.dtype)).to(x.dtype).contiguous()
     kept = x.new_empty(0) if residual is None else total.contiguous()
     return y, kept, mean.reshape(-1), rstd.reshape(-1)
 
@@ -51,6 +51,7 @@ def layer_norm_backward(
     xhat = (x.to(acc) - mean.view(rows)) * rstd
     grad_x = torch.zeros_like(xhat)
     grad_weight, grad_bias = xhat.new_zeros(x.shape[-1]), xhat.new_zeros(x.shape[-1])
+    weight = in_acc(weight, x.dtype)
     if grad_y is not None:
         dy = grad_y.to(acc)
         grad_x = grad_normalise(dy if weight is None else dy * weight, xhat, rstd)

@@ -37,9 +37,9 @@ def _forward_narrow(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)[None, :]
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)[None, :]
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
         m_r = o_r < rows
@@ -71,7 +71,7 @@ def _backward_narrow(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)[None, :]
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     gweight, gbias = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
@@ -146,9 +146,9 @@ def _forward_wide(
         o_d = start + tl.arange(0, BD)
         y = (tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
-            y *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0)
+            y *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            y += tl.load(p_bias + o_d, mask=o_d < D, other=0.0)
+            y += tl.load(p_bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         tl.store(p_y + o_d, y.to(p_y.dtype.element_ty), mask=o_d < D)
     tl.store(p_mean + i_r, mean)
     tl.store(p_rstd + i_r, rstd)
@@ -168,7 +168,7 @@ def _backward_wide(
         gy = tl.load(p_gy + i_r * s_gy + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         xhat = (tl.load(p_x + i_r * s_x + o_d, mask=o_d < D, other=0.0).to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
-            gy *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0)
+            gy *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         sum_g += gy
         sum_gx += tl.where(o_d < D, gy * xhat, 0.0)
     mean_g, mean_gx = tl.sum(sum_g, axis=0) / D, tl.sum(sum_gx, axis=0) / D
@@ -177,7 +177,7 @@ def _backward_wide(
         gy = tl.load(p_gy + i_r * s_gy + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         xhat = (tl.load(p_x + i_r * s_x + o_d, mask=o_d < D, other=0.0).to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
-            gy *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0)
+            gy *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         gx = (gy - mean_g - xhat * mean_gx) * rstd
         if HAS_GSUM:
             gx += tl.load(p_gsum + i_r * s_gsum + o_d, mask=o_d < D, other=0.0).to(tl.float32)

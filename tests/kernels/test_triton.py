@@ -123,6 +123,13 @@ def test_layouts(function, layout):
     check(laid_out(place(make(function, 2, 10, 9)), layout))
 
 
+@pytest.mark.parametrize("affine_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", ["context_scan", "context_update", "layer_norm", "add_layer_norm"])
+def test_parameters_of_another_dtype(function, affine_dtype):
+    """They are read as they are: no kernel casts them first."""
+    check(place(make(function, 2, 9, 33, torch.bfloat16, affine_dtype=affine_dtype)))
+
+
 @pytest.mark.parametrize("function", ["context_scan", "context_update"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clamp(function, dtype):
