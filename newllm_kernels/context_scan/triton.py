@@ -18,7 +18,7 @@ from newllm_kernels.context_update.triton import clamped
 from newllm_kernels.layer_norm.triton import reduce_partials
 from newllm_kernels.scan.triton import columns
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
-from newllm_kernels.triton_support import contiguous, device_of
+from newllm_kernels.triton_support import contiguous, kernel, power_of_two
 
 WIDEST = 8192
 
@@ -26,12 +26,12 @@ WIDEST = 8192
 @triton.jit
 def _normalised(u, m_d, D, eps):
     """xhat and rstd of one row u (BD), zero where masked."""
-    centred = tl.where(m_d, u - tl.sum(tl.where(m_d, u, 0.0), axis=0) / D, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps)
+    centred = tl.where(m_d, u - tl.sum(tl.where(m_d, u, 0.0), axis=0) * (1.0 / D), 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) * (1.0 / D) + eps)
     return centred * rstd, rstd
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=("T",))
 def _forward(
     p_f,
     p_i,
@@ -86,7 +86,7 @@ def _forward(
     tl.store(p_last + i_b * D + o_d, state, mask=m_d)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=("T",))
 def _backward(
     p_gc,
     p_glast,
@@ -167,7 +167,7 @@ def _backward(
         gweight += g * xhat
         gbias += g
         g *= weight
-        du = (g - tl.sum(g, axis=0) / D - xhat * (tl.sum(g * xhat, axis=0) / D)) * rstd
+        du = (g - tl.sum(g, axis=0) * (1.0 / D) - xhat * (tl.sum(g * xhat, axis=0) * (1.0 / D))) * rstd
         carry = tl.where(m_d, du * forget, 0.0)
         o_out = t * s_out
         tl.store(p_gf + o_out, (du * before * sigmoid_slope(f, forget, EXACT)).to(p_gf.dtype.element_ty), mask=m_d)
@@ -192,7 +192,7 @@ def _edges(dtype: torch.dtype, clamp: float) -> tuple[bool, float, float]:
 def _launch(
     D: int, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, loads: int
 ) -> dict[str, int | bool]:
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, power_of_two(D))
     return {
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": bias is not None,
@@ -228,11 +228,10 @@ def context_scan(
         return c, last
     c0 = c0 if c0.stride(1) == 1 else c0.contiguous()
     mark, _, below = _edges(f.dtype, clamp)
-    with device_of(f):
-        _forward[(B,)](
-            f, i, d, c0, weight, bias, c, last, T, D, *_gate_strides(f, i, d), c0.stride(0), eps, clamp, below,
-            MARK=mark, **_launch(D, f.dtype, weight, bias, loads=3),
-        )  # fmt: skip
+    _forward[(B,)](
+        f, i, d, c0, weight, bias, c, last, T, D, *_gate_strides(f, i, d), c0.stride(0), eps, clamp, below,
+        MARK=mark, **_launch(D, f.dtype, weight, bias, loads=3),
+    )  # fmt: skip
     return c, last
 
 
@@ -268,10 +267,9 @@ def context_scan_backward(
     mark, edge, _ = _edges(f.dtype, clamp)
     gc_strides = (0, 0) if grad_c is None else grad_c.stride()[:2]
     strides = (*gc_strides, *_gate_strides(f, i, d), *c.stride()[:2], c0.stride(0), gf.stride(1))
-    with device_of(c):
-        _backward[(B,)](
-            grad_c if grad_c is not None else c, grad_c_last, f, i, d, c, c0, weight, bias, gf, gi, gd, grad_c0,
-            gweight, gbias, T, D, *strides, eps, clamp, edge, HAS_GC=grad_c is not None,
-            HAS_GLAST=grad_c_last is not None, MARK=mark, **_launch(D, f.dtype, weight, bias, loads=6),
-        )  # fmt: skip
-        return first, second, third, grad_c0, *reduce_partials(B, gweight, gbias)
+    _backward[(B,)](
+        grad_c if grad_c is not None else c, grad_c_last, f, i, d, c, c0, weight, bias, gf, gi, gd, grad_c0,
+        gweight, gbias, T, D, *strides, eps, clamp, edge, HAS_GC=grad_c is not None,
+        HAS_GLAST=grad_c_last is not None, MARK=mark, **_launch(D, f.dtype, weight, bias, loads=6),
+    )  # fmt: skip
+    return first, second, third, grad_c0, *reduce_partials(B, gweight, gbias)

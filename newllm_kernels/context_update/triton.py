@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.layer_norm.triton import programs_for, reduce_partials, row_statistics, row_tile
+from newllm_kernels.layer_norm.triton import reduce_partials, row_statistics, row_tile
 from newllm_kernels.scan.triton import columns
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
-from newllm_kernels.triton_support import contiguous, device_of
+from newllm_kernels.triton_support import contiguous, kernel
 
 WIDEST = 8192
 
@@ -30,37 +30,32 @@ def load_gates(p_f, p_i, p_d, o_f, o_i, o_d, mask):
     return f, i, d
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=("rows",))
 def _forward(
     p_f, p_i, p_d, p_c, p_weight, p_bias, p_out, rows, D, s_f, s_i, s_d, s_c, eps, clamp, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
     m_d = o_d < D
+    o_r = (tl.program_id(0) * BR + tl.arange(0, BR).to(tl.int64))[:, None]
+    mask = o_r < rows if EVEN else (o_r < rows) & m_d[None, :]
+    f, i, d = load_gates(p_f, p_i, p_d, o_r * s_f + o_d, o_r * s_i + o_d, o_r * s_d + o_d, mask)
+    c = tl.load(p_c + o_r * s_c + o_d, mask=mask, other=0.0).to(tl.float32)
+    u = sigmoid(f, EXACT) * c + gated_write(i, d, EXACT)  # zero where all are
+    centred, _, rstd = row_statistics(u, m_d, D, eps, EVEN)
+    y = centred * rstd[:, None]
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        y *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
-        o_r = (i_r * BR + tl.arange(0, BR).to(tl.int64))[:, None]
-        mask = (o_r < rows) & m_d[None, :]
-        f, i, d = load_gates(p_f, p_i, p_d, o_r * s_f + o_d, o_r * s_i + o_d, o_r * s_d + o_d, mask)
-        c = tl.load(p_c + o_r * s_c + o_d, mask=mask, other=0.0).to(tl.float32)
-        u = tl.where(m_d[None, :], sigmoid(f, EXACT) * c + gated_write(i, d, EXACT), 0.0)
-        centred, _, rstd = row_statistics(u, m_d, D, eps)
-        y = centred * rstd[:, None]
-        if HAS_WEIGHT:
-            y *= weight
-        if HAS_BIAS:
-            y += bias
-        tl.store(p_out + o_r * D + o_d, clamped(y, clamp).to(p_out.dtype.element_ty), mask=mask)
+        y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_out + o_r * D + o_d, clamped(y, clamp).to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=("rows",))
 def _backward(
     p_grad, p_f, p_i, p_d, p_c, p_weight, p_bias, p_gf, p_gi, p_gd, p_gc, p_gweight, p_gbias, rows, D, s_grad, s_f,
     s_i, s_d, s_c, s_out, eps, clamp, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -71,13 +66,12 @@ def _backward(
     gweight, gbias = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = (i_r * BR + tl.arange(0, BR).to(tl.int64))[:, None]
-        mask = (o_r < rows) & m_d[None, :]
+        mask = o_r < rows if EVEN else (o_r < rows) & m_d[None, :]
         f, i, d = load_gates(p_f, p_i, p_d, o_r * s_f + o_d, o_r * s_i + o_d, o_r * s_d + o_d, mask)
         c = tl.load(p_c + o_r * s_c + o_d, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(p_grad + o_r * s_grad + o_d, mask=mask, other=0.0).to(tl.float32)
         forget, write, delta = sigmoid(f, EXACT), sigmoid(i, EXACT), tanh(d, EXACT)
-        u = tl.where(m_d[None, :], forget * c + write * delta, 0.0)
-        centred, _, rstd = row_statistics(u, m_d, D, eps)
+        centred, _, rstd = row_statistics(forget * c + write * delta, m_d, D, eps, EVEN)
         xhat = centred * rstd[:, None]
         y = xhat
         if HAS_WEIGHT:
@@ -89,7 +83,7 @@ def _backward(
         gbias += g
         if HAS_WEIGHT:
             g *= weight
-        mean_g, mean_gx = tl.sum(g, axis=1) / D, tl.sum(g * xhat, axis=1) / D
+        mean_g, mean_gx = tl.sum(g, axis=1) * (1.0 / D), tl.sum(g * xhat, axis=1) * (1.0 / D)
         du = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
         o_out = o_r * s_out + o_d
         tl.store(p_gf + o_out, (du * c * sigmoid_slope(f, forget, EXACT)).to(p_gf.dtype.element_ty), mask=mask)
@@ -125,12 +119,11 @@ def context_update(
     if rows == 0:
         return out
     c = c if c.stride(1) == 1 else c.contiguous()
-    BR, BD, warps = row_tile(D, 2048)
-    with device_of(c):
-        _forward[(programs_for(c, triton.cdiv(rows, BR), 16),)](
-            f, i, d, c, weight, bias, out, rows, D, f.stride(0), i.stride(0), d.stride(0), c.stride(0), eps, clamp,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, BR=BR, BD=BD, STAGES=2, num_warps=warps,
-        )  # fmt: skip
+    tile = row_tile(D, 2048, 16)
+    _forward[(tile.programs(rows, c.device),)](
+        f, i, d, c, weight, bias, out, rows, D, f.stride(0), i.stride(0), d.stride(0), c.stride(0), eps, clamp,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 
@@ -157,13 +150,13 @@ def context_update_backward(
     if rows == 0:
         return first, second, third, grad_c, *(torch.zeros(D, device=c.device) for _ in range(2))
     c, grad = (x if x.stride(1) == 1 else x.contiguous() for x in (c, grad))
-    BR, BD, warps = row_tile(D, 1024)
-    parts = programs_for(c, triton.cdiv(rows, BR), 4)
-    gweight, gbias = (torch.empty((parts, D), dtype=torch.float32, device=c.device) for _ in range(2))
-    with device_of(c):
-        _backward[(parts,)](
-            grad, f, i, d, c, weight, bias, gf, gi, gd, grad_c, gweight, gbias, rows, D, grad.stride(0), f.stride(0),
-            i.stride(0), d.stride(0), c.stride(0), gf.stride(0), eps, clamp, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, BR=BR, BD=BD, STAGES=1, num_warps=warps,
-        )  # fmt: skip
-        return first, second, third, grad_c, *reduce_partials(parts, gweight, gbias)
+    tile = row_tile(D, 1024, 16, resident=4, stages=2 if D * c.element_size() <= 8192 else 1)
+    parts = tile.programs(rows, c.device)
+    gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)
+    _backward[(parts,)](
+        grad, f, i, d, c, weight, bias, gf, gi, gd, grad_c, gweight, gbias, rows, D, grad.stride(0), f.stride(0),
+        i.stride(0), d.stride(0), c.stride(0), gf.stride(0), eps, clamp, HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return first, second, third, grad_c, *reduce_partials(parts, gweight, gbias)

@@ -12,7 +12,7 @@ def gated_scan(
     f: Tensor, i: Tensor | None, d: Tensor | None, c0: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """newllm::gated_scan"""
-    return run_forward(*columns(f, i, d), c0, False, cu_seqlens, gated=True)
+    return run_forward(*columns(f, i, d), c0, False, cu_seqlens, "gated_scan")
 
 
 def gated_scan_backward(
@@ -34,5 +34,5 @@ def gated_scan_backward(
     else:
         second, third = torch.empty_like(first), torch.empty_like(first)
         grads = (first, second, third)
-    grad_c0 = run_backward(grad_c, grad_c_last, *columns(f, i, d), c, c0, False, cu_seqlens, grads, gated=True)
+    grad_c0 = run_backward(grad_c, grad_c_last, *columns(f, i, d), c, c0, False, cu_seqlens, grads, "gated_scan")
     return first, second, torch.empty_like(third) if packed else third, grad_c0

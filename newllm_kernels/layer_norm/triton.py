@@ -1,7 +1,7 @@
 """Triton kernels of LayerNorm, with and without a residual, forward and backward.
 
-    narrow   a tile of BR whole rows (BR, BD) in registers: every input is read once. Programs stay and walk the rows with
-             a stride of the grid, so that weight gradients are summed in registers and written once a program.
+    narrow   a tile of BR whole rows (BR, BD) in registers: every input is read once. Backward, programs stay and walk the
+             rows with a stride of the grid, so that weight gradients are summed in registers and written once a program.
     wide     D > WIDEST: a row does not fit, it is walked in blocks of BD columns, three times forward and twice backward;
              it comes from the second-level cache after the first time.
 
@@ -10,63 +10,62 @@ Weight gradients go in two stages, both in a fixed order: partial sums (programs
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.triton_support import contiguous, device_of, multiprocessors
+from newllm_kernels.triton_support import cdiv, contiguous, kernel, multiprocessors, power_of_two
 
 WIDEST = 8192  # columns of a row that is kept in registers
 
 
 @triton.jit
-def row_statistics(x, m_d, D, eps):
-    """x (BR, BD) float32 -> centred x, zero where masked, mean (BR), rstd (BR)."""
-    mean = tl.sum(x, axis=1) / D
-    centred = tl.where(m_d[None, :], x - mean[:, None], 0.0)
-    return centred, mean, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)
+def row_statistics(x, m_d, D, eps, EVEN: tl.constexpr):
+    """x (BR, BD) float32 -> centred x, zero where masked, mean (BR), rstd (BR). EVEN: no column is masked."""
+    mean = tl.sum(x, axis=1) * (1.0 / D)
+    centred = x - mean[:, None]
+    if not EVEN:
+        centred = tl.where(m_d[None, :], centred, 0.0)
+    return centred, mean, tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / D) + eps)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=("rows",))
 def _forward_narrow(
     p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, rows, D, s_x, s_residual, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR).to(tl.int64)
+    m_d, m_r = o_d < D, o_r < rows
+    mask = m_r[:, None] if EVEN else m_r[:, None] & m_d[None, :]
+    x = tl.load(p_x + o_r[:, None] * s_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    p_row = o_r[:, None] * D + o_d[None, :]
+    if HAS_RESIDUAL:
+        x += tl.load(p_residual + o_r[:, None] * s_residual + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        kept = x.to(p_sum.dtype.element_ty)  # what is normalised is what is kept
+        tl.store(p_sum + p_row, kept, mask=mask)
+        x = kept.to(tl.float32)
+    centred, mean, rstd = row_statistics(x, m_d, D, eps, EVEN)
+    y = centred * rstd[:, None]
     if HAS_WEIGHT:
-        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        y *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
-        o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
-        m_r = o_r < rows
-        mask = m_r[:, None] & m_d[None, :]
-        x = tl.load(p_x + o_r[:, None] * s_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        p_row = o_r[:, None] * D + o_d[None, :]
-        if HAS_RESIDUAL:
-            x += tl.load(p_residual + o_r[:, None] * s_residual + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-            kept = x.to(p_sum.dtype.element_ty)  # what is normalised is what is kept
-            tl.store(p_sum + p_row, kept, mask=mask)
-            x = kept.to(tl.float32)
-        centred, mean, rstd = row_statistics(x, m_d, D, eps)
-        y = centred * rstd[:, None]
-        if HAS_WEIGHT:
-            y *= weight
-        if HAS_BIAS:
-            y += bias
-        tl.store(p_y + p_row, y.to(p_y.dtype.element_ty), mask=mask)
-        tl.store(p_mean + o_r, mean, mask=m_r)
-        tl.store(p_rstd + o_r, rstd, mask=m_r)
+        y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + p_row, y.to(p_y.dtype.element_ty), mask=mask)
+    tl.store(p_mean + o_r, mean, mask=m_r)
+    tl.store(p_rstd + o_r, rstd, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=("rows",))
 def _backward_narrow(
     p_gy, p_gsum, p_x, p_mean, p_rstd, p_weight, p_gx, p_gweight, p_gbias, rows, D, s_gy, s_gsum, s_x,
-    HAS_GY: tl.constexpr, HAS_GSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_GY: tl.constexpr, HAS_GSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr,
+    BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -76,20 +75,20 @@ def _backward_narrow(
     for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
         m_r = o_r < rows
-        mask = m_r[:, None] & m_d[None, :]
+        mask = m_r[:, None] if EVEN else m_r[:, None] & m_d[None, :]
         gx = tl.zeros([BR, BD], tl.float32)
         if HAS_GY:
             gy = tl.load(p_gy + o_r[:, None] * s_gy + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
             x = tl.load(p_x + o_r[:, None] * s_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
             mean = tl.load(p_mean + o_r, mask=m_r, other=0.0)[:, None]
             rstd = tl.load(p_rstd + o_r, mask=m_r, other=0.0)[:, None]
-            xhat = tl.where(mask, (x - mean) * rstd, 0.0)
+            xhat = (x - mean) * rstd  # of a row that is not there 0; of a column that is not, times gy = 0 below
             gweight += gy * xhat
             gbias += gy
             if HAS_WEIGHT:
                 gy *= weight
-            mean_g = tl.sum(gy, axis=1) / D
-            mean_gx = tl.sum(gy * xhat, axis=1) / D
+            mean_g = tl.sum(gy, axis=1) * (1.0 / D)
+            mean_gx = tl.sum(gy * xhat, axis=1) * (1.0 / D)
             gx = (gy - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd
         if HAS_GSUM:
             gx += tl.load(p_gsum + o_r[:, None] * s_gsum + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -99,9 +98,9 @@ def _backward_narrow(
     tl.store(p_gbias + row, tl.sum(gbias, axis=0), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=("parts",))
 def _reduce(p_gweight, p_gbias, p_out_weight, p_out_bias, parts, D, BP: tl.constexpr, BD: tl.constexpr):
-    """Sums of partial weight gradients (parts, D), in order."""
+    """Sums of partial weight gradients (parts, D), in an order that depends on the shape alone."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     m_d = o_d < D
     weight, bias = tl.zeros([BP, BD], tl.float32), tl.zeros([BP, BD], tl.float32)
@@ -114,7 +113,7 @@ def _reduce(p_gweight, p_gbias, p_out_weight, p_out_bias, parts, D, BP: tl.const
     tl.store(p_out_bias + o_d, tl.sum(bias, axis=0), mask=m_d)
 
 
-@triton.jit
+@kernel()
 def _forward_wide(
     p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, D, s_x, s_residual, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr,
@@ -154,7 +153,7 @@ def _forward_wide(
     tl.store(p_rstd + i_r, rstd)
 
 
-@triton.jit
+@kernel()
 def _backward_wide(
     p_gy, p_gsum, p_x, p_mean, p_rstd, p_weight, p_gx, D, s_gy, s_gsum, s_x, HAS_GSUM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, BD: tl.constexpr,
@@ -184,7 +183,7 @@ def _backward_wide(
         tl.store(p_gx + i_r * D + o_d, gx.to(p_gx.dtype.element_ty), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=("rows",))
 def _backward_wide_weights(
     p_gy, p_x, p_mean, p_rstd, p_gweight, p_gbias, rows, D, s_gy, s_x, per_program, BD: tl.constexpr
 ):
@@ -206,11 +205,26 @@ def _backward_wide_weights(
 # ---- host side ---------------------------------------------------------------------------------------------------------
 
 
-def row_tile(D: int, elements: int) -> tuple[int, int, int]:
-    """(BR, BD, warps) of a tile of about `elements` per four warps, whole rows."""
-    BD = triton.next_power_of_2(D)
+class RowTile(NamedTuple):
+    """BR whole rows of up to BD columns; programs of one multiprocessor that stay and walk the rows, 0: one tile each."""
+
+    BR: int
+    BD: int
+    warps: int
+    resident: int
+    stages: int
+
+    def programs(self, rows: int, device: torch.device) -> int:
+        tiles = cdiv(rows, self.BR)
+        return min(tiles, self.resident * multiprocessors(device)) if self.resident else tiles
+
+
+@functools.cache
+def row_tile(D: int, elements: int, per_thread: int, resident: int = 0, stages: int = 1) -> RowTile:
+    """About `elements` of whole rows; `per_thread` of them a thread, as far as there are 16 warps."""
+    BD = power_of_two(D)
     BR = max(1, elements // BD)
-    return BR, BD, min(16, max(4, BR * BD // 1024))
+    return RowTile(BR, BD, min(16, max(1, BR * BD // (32 * per_thread))), resident, stages)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -222,13 +236,10 @@ def as_rows(x: Tensor) -> Tensor:
 def reduce_partials(parts: int, gweight: Tensor, gbias: Tensor) -> tuple[Tensor, Tensor]:
     """(parts, D) twice -> (D,) twice."""
     D = gweight.shape[1]
-    out_weight, out_bias = (torch.empty(D, dtype=torch.float32, device=gweight.device) for _ in range(2))
-    _reduce[(triton.cdiv(D, 32),)](gweight, gbias, out_weight, out_bias, parts, D, BP=64, BD=32, num_warps=4)
+    out_weight, out_bias = torch.empty((2, D), dtype=torch.float32, device=gweight.device)
+    BD = 8 if D <= 2048 else 32  # columns of a program: 32 bytes at least, and programs enough for the GPU
+    _reduce[(cdiv(D, BD),)](gweight, gbias, out_weight, out_bias, parts, D, BP=4096 // BD, BD=BD, num_warps=8)
     return out_weight, out_bias
-
-
-def programs_for(x: Tensor, tiles: int, per_multiprocessor: int) -> int:
-    return max(1, min(tiles, per_multiprocessor * multiprocessors(x.device)))
 
 
 def layer_norm(
@@ -248,15 +259,13 @@ def layer_norm(
     tensors = (x, residual, weight, bias, y, total, mean, rstd)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     has = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    with device_of(x):
-        if D > WIDEST:
-            _forward_wide[(rows,)](*tensors, D, *strides, eps, **has, BD=4096, num_warps=8)
-        else:
-            BR, BD, warps = row_tile(D, 4096)
-            programs = programs_for(x, triton.cdiv(rows, BR), 32)
-            _forward_narrow[(programs,)](
-                *tensors, rows, D, *strides, eps, **has, BR=BR, BD=BD, STAGES=1, num_warps=warps
-            )
+    if D > WIDEST:
+        _forward_wide[(rows,)](*tensors, D, *strides, eps, **has, BD=4096, num_warps=8)
+    else:
+        tile = row_tile(D, 2048, 32)
+        _forward_narrow[(tile.programs(rows, x.device),)](
+            *tensors, rows, D, *strides, eps, **has, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, num_warps=tile.warps
+        )
     return y, total, mean, rstd
 
 
@@ -273,21 +282,19 @@ def layer_norm_backward(
     mean, rstd, weight = contiguous(mean, rstd, weight)
     grad_y, grad_sum = (None if g is None else as_rows(g) for g in (grad_y, grad_sum))
     strides = (0 if grad_y is None else grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0))
-    with device_of(x):
-        if D > WIDEST and grad_y is not None:
-            gweight, gbias, parts = _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
-        else:
-            # Few programs with many loads in flight: each leaves a row of partial sums behind.
-            elements, per_multiprocessor = (4096, 2) if D <= 512 else (2048, 3) if D <= 2048 else (8192, 1)
-            BR, BD, warps = row_tile(D, elements)
-            parts = programs_for(x, triton.cdiv(rows, BR), per_multiprocessor)
-            gweight, gbias = (torch.empty((parts, D), dtype=torch.float32, device=x.device) for _ in range(2))
-            _backward_narrow[(parts,)](
-                grad_y, grad_sum, x, mean, rstd, weight, grad_x, gweight, gbias, rows, D, *strides,
-                HAS_GY=grad_y is not None, HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None, BR=BR, BD=BD,
-                STAGES=3, num_warps=warps,
-            )  # fmt: skip
-        return grad_x, *reduce_partials(parts, gweight, gbias)
+    if D > WIDEST and grad_y is not None:
+        gweight, gbias, parts = _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
+    else:
+        # Few programs with many loads in flight: each leaves a row of partial sums behind.
+        tile = row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
+        parts = tile.programs(rows, x.device)
+        gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=x.device)
+        _backward_narrow[(parts,)](
+            grad_y, grad_sum, x, mean, rstd, weight, grad_x, gweight, gbias, rows, D, *strides,
+            HAS_GY=grad_y is not None, HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None,
+            EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    return grad_x, *reduce_partials(parts, gweight, gbias)
 
 
 def _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides):
@@ -297,10 +304,10 @@ def _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides):
         HAS_WEIGHT=weight is not None, BD=4096, num_warps=8,
     )  # fmt: skip
     parts = min(rows, 64)
-    per_program = triton.cdiv(rows, parts)
-    parts = triton.cdiv(rows, per_program)
+    per_program = cdiv(rows, parts)
+    parts = cdiv(rows, per_program)
     gweight, gbias = (torch.empty((parts, D), dtype=torch.float32, device=x.device) for _ in range(2))
-    _backward_wide_weights[(triton.cdiv(D, 1024), parts)](
+    _backward_wide_weights[(cdiv(D, 1024), parts)](
         grad_y, x, mean, rstd, gweight, gbias, rows, D, strides[0], strides[2], per_program, BD=1024, num_warps=4
     )
     return gweight, gbias, parts

@@ -1,131 +1,292 @@
 """Triton kernels of the recurrences `scan` and `gated_scan`, forward and backward.
 
     stream      one program walks a whole sequence tile by tile, its state in registers: few bytes, no waiting, but only
-                N * D / BD programs (this file)
-    look-back   time is cut into chunks that run in parallel (triton_look_back.py)
+                N * D / BD programs
+    chunks      three launches: what every chunk of time does to any state (it reads the inputs and writes a row a chunk), the
+                state before every chunk, then the stream over all chunks at once
+    look-back   chunks in one launch (triton_look_back.py)
 
-Both are made of the tiles of triton_tiles.py, which also explains the names.
+All are made of the tiles of triton_tiles.py, which also explains the names.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.scan.triton_look_back import backward_look_back, forward_look_back
+from newllm_kernels.scan.triton_look_back import GROUP, backward_look_back, forward_look_back
 from newllm_kernels.scan.triton_tiles import (
     backward_tile,
+    carry_through,
     forward_tile,
-    last_of,
-    scan_tile,
+    last_group,
+    rows_left,
+    scan_groups,
+    scan_groups_exclusive,
     sequence,
-    steps,
+    state_of,
+    states_before,
     store,
+    store_columns,
     store_gradients,
-    store_start_gradient,
-    times,
+    then,
+    tile_rows,
+    tile_times,
 )
-from newllm_kernels.triton_support import device_of, multiprocessors
+from newllm_kernels.triton_support import cdiv, kernel, multiprocessors, power_of_two
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _piece(p_cu, i_p, T, chunks, chunk_steps, HAS_CU: tl.constexpr, CHUNKED: tl.constexpr):
+    """Sequence, chunk of it, first step and length of the chunk, length of the sequence, its first time, batch entry."""
+    if CHUNKED:
+        i_n, i_c = i_p // chunks, i_p % chunks
+        first = i_c * chunk_steps.to(tl.int64)
+        return i_n, i_c, first, tl.minimum(chunk_steps.to(tl.int64), T - first), T.to(tl.int64), i_n * 0, i_n
+    else:
+        begin, L, i_b = sequence(p_cu, i_p, T, HAS_CU)
+        return i_p, i_p * 0, i_p * 0, L, L, begin, i_b
+
+
+@kernel(do_not_specialize=("T", "chunks", "chunk_steps"))
 def _forward_stream(
-    p_a, p_b, p_c, p_h0, p_h, p_last, p_cu, T, D, s_ab, s_at, s_bb, s_bt, s_cb, s_ct, d_blocks,
+    p_a, p_b, p_c, p_h0, p_h, p_last, p_cu, T, D, s_ab, s_at, s_bb, s_bt, s_cb, s_ct, d_blocks, chunks, chunk_steps,
     GATED: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, HAS_H0: tl.constexpr,
-    HAS_CU: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    i_n = (tl.program_id(0) // d_blocks).to(tl.int64)
-    o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    begin, L, i_b = sequence(p_cu, i_n, T, HAS_CU)
-    state = tl.zeros([BD], tl.float32)
-    if HAS_H0:
-        state = tl.load(p_h0 + i_n * D + o_d, mask=m_d, other=0.0)
-    p_a, p_b, p_c, p_h = p_a + i_b * s_ab, p_b + i_b * s_bb, p_c + i_b * s_cb, p_h + i_b * T * D
-    for start in tl.range(0, L, R * G, num_stages=STAGES):
-        o_s = steps(start, R, G)
-        o_t = times(begin, o_s, L, REVERSE)
-        b_a, b_b = forward_tile(p_a, p_b, p_c, s_at, s_bt, s_ct, o_t, o_s < L, o_d, m_d, GATED, EXACT, EVEN)
-        b_a, b_h, g_a, g_h, x_a, x_h = scan_tile(b_a, b_b, R, G)
-        b_h += b_a * (x_h + x_a * state[None, :])[None, :, :]
-        store(p_h, D, o_t, o_s < L, o_d, m_d, b_h, EVEN)
-        state = last_of(g_h + g_a * state[None, :], G)
-    tl.store(p_last + i_n * D + o_d, state, mask=m_d)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _backward_stream(
-    p_gh, p_glast, p_a, p_b, p_c, p_h, p_h0, p_ga, p_gb, p_gc, p_gh0, p_cu, T, D, s_ghb, s_ght, s_ab, s_at, s_bb, s_bt,
-    s_cb, s_ct, s_hb, s_ht, s_gt, d_blocks, GATED: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
-    HAS_GH: tl.constexpr,
-    HAS_GLAST: tl.constexpr, HAS_H0: tl.constexpr, HAS_CU: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+    HAS_CU: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_n = (tl.program_id(0) // d_blocks).to(tl.int64)
+    i_p = (tl.program_id(0) // d_blocks).to(tl.int64)
     o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    begin, L, i_b = sequence(p_cu, i_n, T, HAS_CU)
-    state, start_state = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-    if HAS_GLAST:
-        state = tl.load(p_glast + i_n * D + o_d, mask=m_d, other=0.0)
-    if HAS_H0:
-        start_state = tl.load(p_h0 + i_n * D + o_d, mask=m_d, other=0.0)
+    i_n, i_c, first, steps, L, begin, i_b = _piece(p_cu, i_p, T, chunks, chunk_steps, HAS_CU, CHUNKED)
+    state = state_of(p_h0, i_p, D, o_d, m_d, HAS_H0, BD)
+    p_a, p_b, p_c, p_h = p_a + i_b * s_ab, p_b + i_b * s_bb, p_c + i_b * s_cb, p_h + i_b * T * D
+    rows = tile_rows(R, G)
+    o_t = tile_times(rows, REVERSE, WIDE)
+    for start in tl.range(0, steps, R * G, num_stages=STAGES):
+        t = begin + (L - 1 - first - start if REVERSE else first + start)
+        m_t = rows < rows_left(start, steps)
+        b_a, b_b = forward_tile(p_a, p_b, p_c, s_at, s_bt, s_ct, t, o_t, m_t, o_d, m_d, GATED, EXACT, EVEN, R, G, BD)
+        b_a, b_h, g_a, g_h = scan_groups(b_a, b_b, R)
+        before, state = carry_through(g_a, g_h, state, G)
+        store(p_h, D, t, o_t, m_t, o_d, m_d, b_h + b_a * before, EVEN, R, G, BD)
+    if i_c == chunks - 1:
+        store_columns(p_last + i_n * D, o_d, m_d, state, BD)
+
+
+@kernel(do_not_specialize=("T", "chunks", "chunk_steps"))
+def _backward_stream(
+    p_gh, p_glast, p_a, p_b, p_c, p_h, p_h0, p_ga, p_gb, p_gc, p_gh0, p_cu, T, D, s_ghb, s_ght, s_ab, s_at, s_bb,
+    s_bt, s_cb, s_ct, s_hb, s_ht, s_gt, d_blocks, chunks, chunk_steps, GATED: tl.constexpr, REVERSE: tl.constexpr,
+    EXACT: tl.constexpr, EVEN: tl.constexpr, HAS_GH: tl.constexpr, HAS_GLAST: tl.constexpr, HAS_H0: tl.constexpr,
+    HAS_CU: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """p_glast holds the gradient of the state after the sequence, or after each chunk, counted from the end."""
+    i_p = (tl.program_id(0) // d_blocks).to(tl.int64)
+    o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    i_n, i_c, first, steps, L, begin, i_b = _piece(p_cu, i_p, T, chunks, chunk_steps, HAS_CU, CHUNKED)
+    state = state_of(p_glast, i_p, D, o_d, m_d, HAS_GLAST, BD)
+    start_state = state_of(p_h0, i_n, D, o_d, m_d, HAS_H0, BD)
     p_gh, p_h = p_gh + i_b * s_ghb, p_h + i_b * s_hb
     p_a, p_b, p_c = p_a + i_b * s_ab, p_b + i_b * s_bb, p_c + i_b * s_cb
     p_ga, p_gb, p_gc = p_ga + i_b * T * s_gt, p_gb + i_b * T * s_gt, p_gc + i_b * T * s_gt
-    for start in tl.range(0, L, R * G, num_stages=STAGES):
-        o_s = L - 1 - steps(start, R, G)
-        b_a, b_g = backward_tile(p_gh, p_a, s_ght, s_at, begin, o_s, L, o_d, m_d, GATED, REVERSE, HAS_GH, EXACT, EVEN)
-        b_a, b_g, g_a, g_g, x_a, x_g = scan_tile(b_a, b_g, R, G)
-        b_g += b_a * (x_g + x_a * state[None, :])[None, :, :]
+    rows = tile_rows(R, G)
+    o_t = tile_times(rows, not REVERSE, WIDE)
+    for start in tl.range(0, steps, R * G, num_stages=STAGES):
+        t = begin + (first + start if REVERSE else L - 1 - first - start)
+        t_before = t + 1 if REVERSE else t - 1
+        m_t = rows < rows_left(start, steps)
+        b_a, b_slope, b_g = backward_tile(
+            p_gh, p_a, s_ght, s_at, t, o_t, m_t, o_d, m_d, GATED, HAS_GH, EXACT, EVEN, R, G, BD
+        )
+        x_a, x_v, g_a, g_v = scan_groups_exclusive(b_a, b_a * b_g, R)
+        before, state = carry_through(g_a, g_v, state, G)
+        b_g += x_v + x_a * before
+        b_h = states_before(
+            p_h, s_ht, t_before, o_t, rows, rows_left(first + start, L), o_d, m_d, start_state, HAS_H0, R, G, BD
+        )
         store_gradients(
-            p_a, p_b, p_c, p_h, p_ga, p_gb, p_gc, s_at, s_bt, s_ct, s_ht, s_gt, begin, o_s, L, o_d, m_d, start_state,
-            b_g, GATED, REVERSE, EXACT, EVEN,
-        )  # fmt: skip
-        state = last_of(g_g + g_a * state[None, :], G)
-    store_start_gradient(p_gh0 + i_n * D, p_a, s_at, begin, L, o_d, m_d, state, GATED, REVERSE)
+            p_b,
+            p_c,
+            p_ga,
+            p_gb,
+            p_gc,
+            s_bt,
+            s_ct,
+            s_gt,
+            t,
+            o_t,
+            m_t,
+            o_d,
+            m_d,
+            b_slope,
+            b_h,
+            b_g,
+            GATED,
+            EXACT,
+            EVEN,
+            R,
+            G,
+            BD,
+        )
+    if i_c == chunks - 1:
+        store_columns(p_gh0 + i_n * D, o_d, m_d, state, BD)
+
+
+@triton.jit
+def _store_pair(p_pair, i_p, D, o_d, m_d, pair_a, pair_b, BD: tl.constexpr):
+    store_columns(p_pair + i_p * 2 * D, o_d, m_d, pair_a, BD)
+    store_columns(p_pair + i_p * 2 * D + D, o_d, m_d, pair_b, BD)
+
+
+@triton.jit
+def _take_in(pair_a, pair_b, b_a, b_b, R: tl.constexpr, G: tl.constexpr):
+    """The pair (1, 1, BD) of all steps so far, and then those of a tile."""
+    _a, _b, g_a, g_b = scan_groups(b_a, b_b, R)
+    g_a, g_b = tl.associative_scan((g_a, g_b), 1, then)
+    return then(pair_a, pair_b, last_group(g_a, G), last_group(g_b, G))
+
+
+@kernel(do_not_specialize=("T", "chunks", "chunk_steps"))
+def _forward_pairs(
+    p_a, p_b, p_c, p_pair, T, D, s_ab, s_at, s_bb, s_bt, s_cb, s_ct, d_blocks, chunks, chunk_steps,
+    GATED: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What every chunk does to any state, (N, chunks, 2, D)."""
+    i_p = (tl.program_id(0) // d_blocks).to(tl.int64)
+    o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    _n, _c, first, steps, L, _begin, i_b = _piece(p_pair, i_p, T, chunks, chunk_steps, False, True)
+    pair_a, pair_b = tl.full([1, 1, BD], 1.0, tl.float32), tl.zeros([1, 1, BD], tl.float32)
+    p_a, p_b, p_c = p_a + i_b * s_ab, p_b + i_b * s_bb, p_c + i_b * s_cb
+    rows = tile_rows(R, G)
+    o_t = tile_times(rows, REVERSE, WIDE)
+    for start in tl.range(0, steps, R * G, num_stages=STAGES):
+        t = L - 1 - first - start if REVERSE else first + start
+        m_t = rows < rows_left(start, steps)
+        b_a, b_b = forward_tile(p_a, p_b, p_c, s_at, s_bt, s_ct, t, o_t, m_t, o_d, m_d, GATED, EXACT, EVEN, R, G, BD)
+        pair_a, pair_b = _take_in(pair_a, pair_b, b_a, b_b, R, G)
+    _store_pair(p_pair, i_p, D, o_d, m_d, pair_a, pair_b, BD)
+
+
+@kernel(do_not_specialize=("T", "chunks", "chunk_steps"))
+def _backward_pairs(
+    p_gh, p_a, p_pair, T, D, s_ghb, s_ght, s_ab, s_at, d_blocks, chunks, chunk_steps, GATED: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, HAS_GH: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What every chunk, counted from the end, does to what comes back from after it, (N, chunks, 2, D)."""
+    i_p = (tl.program_id(0) // d_blocks).to(tl.int64)
+    o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    _n, _c, first, steps, L, _begin, i_b = _piece(p_pair, i_p, T, chunks, chunk_steps, False, True)
+    pair_a, pair_b = tl.full([1, 1, BD], 1.0, tl.float32), tl.zeros([1, 1, BD], tl.float32)
+    p_gh, p_a = p_gh + i_b * s_ghb, p_a + i_b * s_ab
+    rows = tile_rows(R, G)
+    o_t = tile_times(rows, not REVERSE, WIDE)
+    for start in tl.range(0, steps, R * G, num_stages=STAGES):
+        t = first + start if REVERSE else L - 1 - first - start
+        m_t = rows < rows_left(start, steps)
+        b_a, _slope, b_g = backward_tile(
+            p_gh, p_a, s_ght, s_at, t, o_t, m_t, o_d, m_d, GATED, HAS_GH, EXACT, EVEN, R, G, BD
+        )
+        pair_a, pair_b = _take_in(pair_a, pair_b, b_a, b_a * b_g, R, G)
+    _store_pair(p_pair, i_p, D, o_d, m_d, pair_a, pair_b, BD)
+
+
+@kernel(do_not_specialize=("chunks",))
+def _chunk_starts(
+    p_pair, p_state0, p_start, D, d_blocks, chunks, HAS_STATE: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr
+):
+    """The state before every chunk (N, chunks, D), from the state before the first (N, D) and all pairs; BC >= chunks."""
+    i_n = (tl.program_id(0) // d_blocks).to(tl.int64)
+    o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
+    o_c = tl.arange(0, BC)
+    m_d = o_d < D
+    state = tl.zeros([BD], tl.float32)
+    if HAS_STATE:
+        state = tl.load(p_state0 + i_n * D + o_d, mask=m_d, other=0.0)
+    # Row c takes in the pair of chunk c - 1, and row 0 starts from the state.
+    p_row = p_pair + (i_n * chunks + o_c - 1)[:, None] * 2 * D + o_d[None, :]
+    mask = ((o_c > 0) & (o_c < chunks))[:, None] & m_d[None, :]
+    b_a = tl.load(p_row, mask=mask, other=0.0)
+    b_b = tl.load(p_row + D, mask=mask, other=0.0)
+    b_b = tl.where((o_c == 0)[:, None], state[None, :], b_b)
+    b_a, b_b = tl.associative_scan((b_a, b_b), 0, then)
+    p_out = p_start + (i_n * chunks + o_c)[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_b, mask=(o_c < chunks)[:, None] & m_d[None, :])
 
 
 # ---- host side ---------------------------------------------------------------------------------------------------------
 
 
-def _tiles(dtype: torch.dtype, gated: bool, backward: bool, look_back: bool) -> tuple[int, int, int, int, int]:
-    """(R, G, BD, warps, stages), each the fastest of some twenty on an H100 (docs/performance.md).
+class Plan(NamedTuple):
+    """How a recurrence is cut: G follows from the rest (triton_tiles.py)."""
 
-    G groups are what the threads hold at a time when each loads 16 bytes: 32 * warps * (16 / itemsize) / BD.
-    """
-    if look_back:
-        return (8, 16, 32, 4, 1) if dtype == torch.float32 else (8, 32, 32, 4, 1)
-    if dtype == torch.float32:
-        return 4, 8, 32, 2, 3 if backward or gated else 4
-    if gated:
-        return (2, 32, 64, 8, 3) if backward else (2, 32, 32, 4, 3)
-    return 4, 32, 64, 8, 3
+    way: str  # stream, chunks or look-back
+    R: int
+    G: int
+    BD: int
+    warps: int
+    stages: int
+    chunks: int
 
-
-def _plan(
-    x: Tensor, N: int, T: int, D: int, packed_sequences: bool, gated: bool, backward: bool
-) -> tuple[bool, int, int, int, int, int, int]:
-    """Whether to look back, the tile, and the number of programs side by side. Looks back where whole sequences would
-    leave most multiprocessors idle."""
-    R, G, BD, warps, stages = _tiles(x.dtype, gated, backward, look_back=False)
-    BD = min(BD, max(16, triton.next_power_of_2(D)))
-    programs = N * triton.cdiv(D, BD)
-    # A third of the multiprocessors streaming moves as much as all of them looking back.
-    if packed_sequences or T <= 2 * R * G or 3 * programs >= multiprocessors(x.device):
-        return False, R, G, BD, warps, stages, programs
-    R, G, BD, warps, stages = _tiles(x.dtype, gated, backward, look_back=True)
-    BD = min(BD, max(16, triton.next_power_of_2(D)))
-    return True, R, G, BD, warps, stages, N * triton.cdiv(D, BD)
+    @property
+    def steps(self) -> int:
+        """Of a tile."""
+        return self.R * self.G
 
 
-def _workspace(x: Tensor, N: int, D: int, chunks: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ticket counter and flags (zeroed), pairs, states."""
-    flags = torch.zeros(1 + groups * chunks, dtype=torch.int32, device=x.device)
-    return flags, x.new_empty((N, chunks, 2, D), dtype=torch.float32), x.new_empty((N, chunks, D), dtype=torch.float32)
+def _tile(x: Tensor, D: int, R: int, BD: int, warps: int) -> tuple[int, int, int, int]:
+    """(R, G, BD, warps): G rows are what the threads hold at a time when each loads 16 bytes."""
+    narrow = max(16, power_of_two(D))
+    return R, 32 * warps * (16 // x.element_size()) // BD, min(BD, narrow), warps
+
+
+# (R, BD, warps, stages), the fastest of some thirty each on an H100 (docs/performance.md): float32, 16 bits.
+_STREAM = {
+    ("scan", "forward"): ((8, 32, 1, 3), (8, 64, 4, 3)),
+    ("scan", "backward"): ((4, 32, 4, 2), (4, 64, 4, 3)),
+    ("gated_scan", "forward"): ((4, 32, 2, 3), (8, 64, 8, 3)),
+    ("gated_scan", "backward"): ((2, 32, 2, 3), (4, 64, 4, 3)),
+}
+# For 16 bits where blocks of 64 columns would be too few for the GPU.
+_NARROW_STREAM = {
+    ("scan", "forward"): (8, 32, 2, 3),
+    ("scan", "backward"): (4, 32, 2, 3),
+    ("gated_scan", "forward"): (8, 32, 4, 2),
+    ("gated_scan", "backward"): (4, 32, 4, 2),
+}
+_LOOK_BACK = ((8, 32, 4, 1), (8, 32, 4, 1))
+MOST_CHUNKS = 64
+
+
+def plan(x: Tensor, N: int, T: int, D: int, packed_sequences: bool, operation: str, direction: str) -> Plan:
+    """Streams whole sequences where they keep the GPU busy; cuts time where they would leave multiprocessors idle."""
+    sixteen_bits, present = x.element_size() == 2, multiprocessors(x.device)
+    *tile, stages = _STREAM[operation, direction][sixteen_bits]
+    tile = _tile(x, D, *tile)
+    if sixteen_bits and 4 * N * cdiv(D, tile[2]) < 3 * present:
+        *tile, stages = _NARROW_STREAM[operation, direction]
+        tile = _tile(x, D, *tile)
+    if packed_sequences or 4 * tile[0] * tile[1] >= T or 3 * N * cdiv(D, tile[2]) >= 2 * present:
+        return Plan("stream", *tile, stages, 1)
+    *tile, stages = _LOOK_BACK[sixteen_bits]
+    return Plan("look-back", *_tile(x, D, *tile), stages, 1)
+
+
+def _workspace(x: Tensor, N: int, D: int, chunks: int) -> tuple[Tensor, Tensor]:
+    """Of a look-back: the ticket counter, and the words of all groups of chunks; nothing (-1) in all of them."""
+    words = 2 * N * cdiv(chunks, GROUP.value) * GROUP.value * D
+    ticket = torch.full((4 + words,), -1, dtype=torch.int32, device=x.device)
+    return ticket, ticket[4:]  # aligned to 16 bytes
 
 
 def columns(f: Tensor, i: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,10 +298,32 @@ def columns(f: Tensor, i: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tens
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (f, i, d))
 
 
+def _chunks(p: Plan, x: Tensor, N: int, T: int, D: int) -> tuple[int, int, bool]:
+    """(chunks, steps of a chunk, whether all tiles are whole)."""
+    even = T % p.steps == 0 and D % p.BD == 0
+    if p.way == "stream":
+        return 1, T, even
+    if p.way == "look-back":
+        return cdiv(T, p.steps), p.steps, even
+    wanted = max(1, min(MOST_CHUNKS, p.chunks))
+    chunk_steps = cdiv(cdiv(T, wanted), p.steps) * p.steps
+    return cdiv(T, chunk_steps), chunk_steps, even
+
+
+def _starts(pairs: Tensor, state: Tensor | None, programs: int, d_blocks: int, BD: int) -> Tensor:
+    """The state before every chunk, (N, chunks, D)."""
+    N, chunks, _, D = pairs.shape
+    starts = torch.empty((N, chunks, D), dtype=torch.float32, device=pairs.device)
+    _chunk_starts[(programs,)](
+        pairs, state, starts, D, d_blocks, chunks, HAS_STATE=state is not None, BC=MOST_CHUNKS, BD=BD, num_warps=4
+    )
+    return starts
+
+
 def run_forward(
-    a: Tensor, b: Tensor, c: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None, gated: bool
+    a: Tensor, b: Tensor, c: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None, operation: str
 ) -> tuple[Tensor, Tensor]:
-    """(h, h_last) of h_t = a_t h_{t-1} + b_t; gated: a, b, c are f, i, d."""
+    """(h, h_last) of h_t = a_t h_{t-1} + b_t; gated_scan: a, b, c are f, i, d."""
     B, T, D = a.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h = torch.empty((B, T, D), dtype=a.dtype, device=a.device)
@@ -148,25 +331,34 @@ def run_forward(
     if N == 0:
         return h, h_last
     h0 = None if h0 is None else h0.contiguous()
-    look_back, R, G, BD, warps, stages, programs = _plan(a, N, T, D, cu_seqlens is not None, gated, False)
+    p = plan(a, N, T, D, cu_seqlens is not None, operation, "forward")
+    chunks, chunk_steps, even = _chunks(p, a, N, T, D)
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0), c.stride(1))
-    d_blocks = triton.cdiv(D, BD)
-    exact, even = a.dtype == torch.float32, T % (R * G) == 0 and D % BD == 0 and cu_seqlens is None
-    with device_of(a):
-        if look_back:
-            chunks = triton.cdiv(T, R * G)
-            flags, pairs, states = _workspace(a, N, D, chunks, programs)
-            forward_look_back[(programs * chunks,)](
-                a, b, c, h0, h, h_last, flags, pairs, states, T, D, *strides, d_blocks, chunks, programs, GATED=gated,
-                REVERSE=reverse, EXACT=exact, EVEN=even,
-                HAS_H0=h0 is not None, R=R, G=G, BD=BD, FLAGS=32 * warps, num_warps=warps,
-            )  # fmt: skip
-        else:
-            _forward_stream[(programs,)](
-                a, b, c, h0, h, h_last, cu_seqlens, T, D, *strides, d_blocks, GATED=gated, REVERSE=reverse,
-                EXACT=exact, EVEN=even,
-                HAS_H0=h0 is not None, HAS_CU=cu_seqlens is not None, R=R, G=G, BD=BD, STAGES=stages, num_warps=warps,
-            )  # fmt: skip
+    d_blocks = cdiv(D, p.BD)
+    programs = N * d_blocks
+    fixed = {
+        "GATED": operation == "gated_scan", "REVERSE": reverse, "EXACT": a.dtype == torch.float32,
+        "EVEN": even and cu_seqlens is None, "WIDE": _wide(p, D, strides), "R": p.R, "G": p.G, "BD": p.BD,
+        "num_warps": p.warps,
+    }  # fmt: skip
+    has_h0 = h0 is not None
+    if p.way == "look-back":
+        ticket, words = _workspace(a, N, D, chunks)
+        forward_look_back[(programs * chunks,)](
+            a, b, c, h0, h, h_last, ticket, words, T, D, *strides, d_blocks, chunks, programs,
+            HAS_H0=has_h0, **fixed,
+        )  # fmt: skip
+        return h, h_last
+    if p.way == "chunks":
+        pairs = torch.empty((N, chunks, 2, D), dtype=torch.float32, device=a.device)
+        _forward_pairs[(programs * chunks,)](
+            a, b, c, pairs, T, D, *strides, d_blocks, chunks, chunk_steps, STAGES=p.stages, **fixed
+        )
+        h0, has_h0 = _starts(pairs, h0, programs, d_blocks, p.BD), True
+    _forward_stream[(programs * chunks,)](
+        a, b, c, h0, h, h_last, cu_seqlens, T, D, *strides, d_blocks, chunks, chunk_steps, HAS_H0=has_h0,
+        HAS_CU=cu_seqlens is not None, CHUNKED=p.way == "chunks", STAGES=p.stages, **fixed,
+    )  # fmt: skip
     return h, h_last
 
 
@@ -181,7 +373,7 @@ def run_backward(
     reverse: bool,
     cu_seqlens: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    gated: bool,
+    operation: str,
 ) -> Tensor:
     """Fills `grads` (of a, b, and gated of c; rows of one stride) and returns grad_h0 (N, D)."""
     B, T, D = h.shape
@@ -193,36 +385,52 @@ def run_backward(
         grad_h = grad_h.contiguous()
     h = h if h.stride(2) == 1 else h.contiguous()
     h0, grad_last = (None if x is None else x.contiguous() for x in (h0, grad_last))
-    look_back, R, G, BD, warps, stages, programs = _plan(a, N, T, D, cu_seqlens is not None, gated, True)
-    ghs = (0, 0) if grad_h is None else (grad_h.stride(0), grad_h.stride(1))
+    p = plan(a, N, T, D, cu_seqlens is not None, operation, "backward")
+    chunks, chunk_steps, even = _chunks(p, a, N, T, D)
+    of_gh = (0, 0) if grad_h is None else (grad_h.stride(0), grad_h.stride(1))
+    of_a = (a.stride(0), a.stride(1))
     strides = (
-        *ghs, a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0), c.stride(1), h.stride(0), h.stride(1),
-        grads[0].stride(1),
+        *of_gh, *of_a, b.stride(0), b.stride(1), c.stride(0), c.stride(1), h.stride(0), h.stride(1), grads[0].stride(1)
     )  # fmt: skip
-    d_blocks = triton.cdiv(D, BD)
-    exact, even = a.dtype == torch.float32, T % (R * G) == 0 and D % BD == 0 and cu_seqlens is None
-    tensors = (grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0)
-    has = {"HAS_GH": grad_h is not None, "HAS_GLAST": grad_last is not None, "HAS_H0": h0 is not None}
-    with device_of(a):
-        if look_back:
-            chunks = triton.cdiv(T, R * G)
-            flags, pairs, states = _workspace(a, N, D, chunks, programs)
-            backward_look_back[(programs * chunks,)](
-                *tensors, flags, pairs, states, T, D, *strides, d_blocks, chunks, programs, GATED=gated,
-                REVERSE=reverse, EXACT=exact, EVEN=even, **has, R=R, G=G, BD=BD, FLAGS=32 * warps, num_warps=warps,
-            )  # fmt: skip
-        else:
-            _backward_stream[(programs,)](
-                *tensors, cu_seqlens, T, D, *strides, d_blocks, GATED=gated, REVERSE=reverse, EXACT=exact, EVEN=even, **has,
-                HAS_CU=cu_seqlens is not None, R=R, G=G, BD=BD, STAGES=stages, num_warps=warps,
-            )  # fmt: skip
+    d_blocks = cdiv(D, p.BD)
+    programs = N * d_blocks
+    fixed = {
+        "GATED": operation == "gated_scan", "REVERSE": reverse, "EXACT": a.dtype == torch.float32,
+        "EVEN": even and cu_seqlens is None, "HAS_GH": grad_h is not None, "WIDE": _wide(p, D, strides), "R": p.R,
+        "G": p.G, "BD": p.BD, "num_warps": p.warps,
+    }  # fmt: skip
+    has_last, has_h0 = grad_last is not None, h0 is not None
+    grad_h = h if grad_h is None else grad_h  # a pointer that is not read
+    if p.way == "look-back":
+        ticket, words = _workspace(a, N, D, chunks)
+        backward_look_back[(programs * chunks,)](
+            grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0, ticket, words, T, D, *strides, d_blocks,
+            chunks, programs, HAS_GLAST=has_last, HAS_H0=has_h0, **fixed,
+        )  # fmt: skip
+        return grad_h0
+    if p.way == "chunks":
+        pairs = torch.empty((N, chunks, 2, D), dtype=torch.float32, device=a.device)
+        _backward_pairs[(programs * chunks,)](
+            grad_h, a, pairs, T, D, *of_gh, *of_a, d_blocks, chunks, chunk_steps, STAGES=p.stages, **fixed
+        )
+        grad_last, has_last = _starts(pairs, grad_last, programs, d_blocks, p.BD), True
+    _backward_stream[(programs * chunks,)](
+        grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0, cu_seqlens, T, D, *strides, d_blocks, chunks,
+        chunk_steps, HAS_GLAST=has_last, HAS_H0=has_h0, HAS_CU=cu_seqlens is not None,
+        CHUNKED=p.way == "chunks", STAGES=p.stages, **fixed,
+    )  # fmt: skip
     return grad_h0
+
+
+def _wide(p: Plan, D: int, strides: tuple[int, ...]) -> bool:
+    """Whether offsets within a tile need 64 bits."""
+    return p.steps * max(D, *strides[1::2], strides[-1]) >= 2**31
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """newllm::scan"""
     a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
-    return run_forward(a, b, b, h0, reverse, cu_seqlens, gated=False)
+    return run_forward(a, b, b, h0, reverse, cu_seqlens, "scan")
 
 
 def scan_backward(
@@ -238,5 +446,5 @@ def scan_backward(
     a = a if a.stride(-1) == 1 else a.contiguous()
     grad_a, grad_b = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2))
     grads = (grad_a, grad_b, grad_b)
-    grad_h0 = run_backward(grad_h, grad_h_last, a, a, a, h, h0, reverse, cu_seqlens, grads, gated=False)
+    grad_h0 = run_backward(grad_h, grad_h_last, a, a, a, h, h0, reverse, cu_seqlens, grads, "scan")
     return grad_a, grad_b, grad_h0

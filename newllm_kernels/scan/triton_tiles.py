@@ -1,13 +1,17 @@
 """Tiles of the recurrence h_s = a_s h_{s-1} + b_s in Triton: loading pairs, scanning them, storing results and gradients.
 
-A tile (R, G, BD) is G groups of R consecutive steps of BD columns. Threads share out groups and columns, so a thread holds
-whole groups: it scans them in its registers, and only the G totals go from thread to thread. (Scanning a (BT, BD) tile, whose
-rows a thread holds in turns, sends R times as much through shuffles.) What a piece of the sequence does to any state is a
-pair: first (a1, b1), then (a2, b2) is (a1 a2, b1 a2 + b2).
+A tile is R * G steps of BD columns, loaded as rows (R * G, BD) and scanned as (R, G, BD): G groups of R consecutive steps. Row
+q holds step (q % G) * R + q // G. G is the number of rows that all threads together hold at a time, so a thread holds the R
+steps of its groups: it scans them in its registers, and only the G totals go from thread to thread. (Rows in order of time
+would send R times as much through shuffles. A tile loaded as (R, G, BD) leaves the order of the first two axes to the
+compiler: Triton 3.9 takes the one, 3.6 the other.)
+
+What a piece of the sequence does to any state is a pair: first (a1, b1), then (a2, b2) is (a1 a2, b1 a2 + b2).
 
 Names: p_ pointer, b_ tile, o_ offsets, m_ mask, i_ program index, s_ stride. "Step" s counts along the recurrence, 0 .. L - 1,
-whatever its direction in time. The backward runs over u = L - 1 - s:
-    g_s = grad_h_s + a_{s+1} g_{s+1},   grad_b_s = g_s,   grad_a_s = g_s h_{s-1},   grad_h0 = a_0 g_0
+whatever its direction in time. The backward runs over s = L - 1 .. 0 and carries v_s = a_s g_s, what step s hands to the
+state before it, so that every input is read at its own step:
+    g_s = grad_h_s + v_{s+1},   v_s = a_s g_s,   grad_b_s = g_s,   grad_a_s = g_s h_{s-1},   grad_h0 = v_0
 """
 
 from __future__ import annotations
@@ -19,12 +23,30 @@ from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 
 
 @triton.jit
-def load(p, mask, EVEN: tl.constexpr):
-    """A tile in float32; EVEN where all of it lies inside the tensor."""
+def load(p, stride, t, o_t, m_t, o_d, m_d, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """The rows at times t + o_t in float32, as (R, G, BD); EVEN where all of them lie inside the tensor."""
+    p_rows = p + t * stride + (o_t[:, None] * stride + o_d[None, :])
+    tile = tl.load(p_rows) if EVEN else tl.load(p_rows, mask=m_t[:, None] & m_d[None, :], other=0.0)
+    return tl.reshape(tile, (R, G, BD)).to(tl.float32)
+
+
+@triton.jit
+def store(
+    p, stride, t, o_t, m_t, o_d, m_d, tile, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
+):
+    """The inverse of load."""
+    rows = tl.reshape(tile.to(p.dtype.element_ty), (R * G, BD))
+    p_rows = p + t * stride + (o_t[:, None] * stride + o_d[None, :])
     if EVEN:
-        return tl.load(p).to(tl.float32)
+        tl.store(p_rows, rows)
     else:
-        return tl.load(p, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_rows, rows, mask=m_t[:, None] & m_d[None, :])
+
+
+@triton.jit
+def inside(m_t, R: tl.constexpr, G: tl.constexpr):
+    """A mask of rows as (R, G, 1)."""
+    return tl.reshape(m_t, (R, G))[:, :, None]
 
 
 @triton.jit
@@ -39,37 +61,68 @@ def then_exclusive(a1, b1, x1, y1, a2, b2, x2, y2):
 
 
 @triton.jit
-def last_of(x, N: tl.constexpr):
-    """Entry N - 1 of the first axis."""
-    index = tl.arange(0, N)[:, None] if len(x.shape) == 2 else tl.arange(0, N)[:, None, None]
-    return tl.sum(tl.where(index == N - 1, x, 0.0), axis=0)
+def last_step(x, R: tl.constexpr):
+    """(R, G, BD) -> the last entry of the first axis (1, G, BD). What is added to it is -0, which changes nothing and
+    costs nothing where a thread holds the whole axis."""
+    return tl.sum(tl.where(tl.arange(0, R)[:, None, None] == R - 1, x, -0.0), axis=0, keep_dims=True)
 
 
 @triton.jit
-def scan_tile(b_a, b_b, R: tl.constexpr, G: tl.constexpr):
-    """Pairs of steps (R, G, BD) -> their running pairs within each group (R, G, BD), running pairs of whole groups
-    including (G, BD) and excluding (G, BD) the group itself."""
+def last_group(x, G: tl.constexpr):
+    """(1, G, BD) -> the last entry of the second axis (1, 1, BD)."""
+    return tl.sum(tl.where(tl.arange(0, G)[None, :, None] == G - 1, x, -0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
+def before(x, first, G: tl.constexpr):
+    """(1, G, BD) -> for every group the entry of the group before it, for the first one `first`."""
+    o_g = tl.arange(0, G)[None, :, None]
+    shifted = tl.gather(x, tl.broadcast_to(tl.maximum(o_g - 1, 0), x.shape), 1)
+    return tl.where(o_g == 0, first, shifted)
+
+
+@triton.jit
+def scan_groups(b_a, b_b, R: tl.constexpr):
+    """Pairs of steps (R, G, BD) -> their running pairs within each group, and the pairs of whole groups (1, G, BD)."""
     b_a, b_b = tl.associative_scan((b_a, b_b), 0, then)
-    g_a, g_b = last_of(b_a, R), last_of(b_b, R)
-    g_a, g_b, x_a, x_b = tl.associative_scan(
-        (g_a, g_b, tl.zeros_like(g_a) + 1.0, tl.zeros_like(g_b)), 0, then_exclusive
-    )
-    return b_a, b_b, g_a, g_b, x_a, x_b
+    return b_a, b_b, last_step(b_a, R), last_step(b_b, R)
 
 
 @triton.jit
-def steps(start, R: tl.constexpr, G: tl.constexpr):
-    """Numbers of the steps of a tile: (R, G)."""
-    return start + tl.arange(0, G)[None, :] * R + tl.arange(0, R)[:, None]
+def scan_groups_exclusive(b_a, b_b, R: tl.constexpr):
+    """As scan_groups, but each running pair without its own step. Within a thread that only renames registers: one, times
+    and minus zero, plus are known to change nothing."""
+    ones, zeros = tl.full(b_a.shape, 1.0, tl.float32), tl.full(b_a.shape, -0.0, tl.float32)
+    b_a, b_b, x_a, x_b = tl.associative_scan((b_a, b_b, ones, zeros), 0, then_exclusive)
+    return x_a, x_b, last_step(b_a, R), last_step(b_b, R)
 
 
 @triton.jit
-def times(begin, steps, L, REVERSE: tl.constexpr):
-    """Positions in time of steps of the recurrence."""
-    if REVERSE:
-        return (begin + (L - 1 - steps)).to(tl.int64)
-    else:
-        return (begin + steps).to(tl.int64)
+def carry_through(g_a, g_b, state, G: tl.constexpr):
+    """State before each group (1, G, BD) and after the last (1, 1, BD), from the groups' pairs and the state before all."""
+    ones, zeros = tl.full(g_a.shape, 1.0, tl.float32), tl.full(g_b.shape, -0.0, tl.float32)
+    g_a, g_b, x_a, x_b = tl.associative_scan((g_a, g_b, ones, zeros), 1, then_exclusive)
+    return x_b + x_a * state, last_group(g_b + g_a * state, G)
+
+
+@triton.jit
+def tile_rows(R: tl.constexpr, G: tl.constexpr):
+    """Steps within a tile that its rows hold, (R * G)."""
+    o_q = tl.arange(0, R * G)
+    return (o_q % G) * R + o_q // G
+
+
+@triton.jit
+def tile_times(rows, BACKWARDS: tl.constexpr, WIDE: tl.constexpr):
+    """Times of a tile's rows, counted from that of its first step; WIDE where offsets within a tile need 64 bits."""
+    o_t = rows.to(tl.int64) if WIDE else rows
+    return -o_t if BACKWARDS else o_t
+
+
+@triton.jit
+def rows_left(start, L):
+    """Steps from `start` to the end of the sequence, in 32 bits: a tile has far fewer rows than that."""
+    return tl.minimum(L - start, 1 << 30).to(tl.int32)
 
 
 @triton.jit
@@ -83,83 +136,82 @@ def sequence(p_cu, i_n, T, HAS_CU: tl.constexpr):
 
 
 @triton.jit
-def store(p_out, stride, o_t, m_t, o_d, m_d, tile, EVEN: tl.constexpr):
-    """A tile into rows of a contiguous output."""
-    p_tile = p_out + o_t[:, :, None] * stride + o_d
-    if EVEN:
-        tl.store(p_tile, tile.to(p_out.dtype.element_ty))
-    else:
-        tl.store(p_tile, tile.to(p_out.dtype.element_ty), mask=m_t[:, :, None] & m_d)
+def state_of(p, i_row, D, o_d, m_d, HAS: tl.constexpr, BD: tl.constexpr):
+    """A row of the states (rows, D) in float32, as (1, 1, BD); zero where there are none."""
+    state = tl.zeros([BD], tl.float32)
+    if HAS:
+        state = tl.load(p + i_row * D + o_d, mask=m_d, other=0.0)
+    return state[None, None, :]
+
+
+@triton.jit
+def store_columns(p, o_d, m_d, state, BD: tl.constexpr):
+    tl.store(p + o_d, tl.reshape(state, (BD,)), mask=m_d)
 
 
 @triton.jit
 def forward_tile(
-    p_a, p_b, p_c, s_at, s_bt, s_ct, o_t, m_t, o_d, m_d, GATED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr
-):
-    """The pairs (a, b) of a tile; beyond the end of the sequence the identity (1, 0)."""
-    mask = m_t[:, :, None] & m_d
-    b_a = load(p_a + o_t[:, :, None] * s_at + o_d, mask, EVEN)
-    b_b = load(p_b + o_t[:, :, None] * s_bt + o_d, mask, EVEN)
+    p_a, p_b, p_c, s_at, s_bt, s_ct, t, o_t, m_t, o_d, m_d, GATED: tl.constexpr, EXACT: tl.constexpr,
+    EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The pairs (a, b) of the tile at times t + o_t; beyond the end of the sequence the identity (1, 0)."""
+    b_a = load(p_a, s_at, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
+    b_b = load(p_b, s_bt, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
     if GATED:
-        b_c = load(p_c + o_t[:, :, None] * s_ct + o_d, mask, EVEN)
+        b_c = load(p_c, s_ct, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
         b_a, b_b = sigmoid(b_a, EXACT), gated_write(b_b, b_c, EXACT)
     if not EVEN:
-        b_a, b_b = tl.where(m_t[:, :, None], b_a, 1.0), tl.where(m_t[:, :, None], b_b, 0.0)
+        b_a, b_b = tl.where(inside(m_t, R, G), b_a, 1.0), tl.where(inside(m_t, R, G), b_b, 0.0)
     return b_a, b_b
 
 
 @triton.jit
 def backward_tile(
-    p_gh, p_a, s_ght, s_at, begin, o_s, L, o_d, m_d, GATED: tl.constexpr, REVERSE: tl.constexpr, HAS_GH: tl.constexpr,
-    EXACT: tl.constexpr, EVEN: tl.constexpr,
+    p_gh, p_a, s_ght, s_at, t, o_t, m_t, o_d, m_d, GATED: tl.constexpr, HAS_GH: tl.constexpr, EXACT: tl.constexpr,
+    EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The pairs (a_{s+1}, grad_h_s); a is 1 after the last step, beyond the first step both are the identity."""
-    m_next = (o_s + 1 < L) & (o_s >= 0)
-    o_next = times(begin, o_s + 1, L, REVERSE)
-    b_a = load(p_a + o_next[:, :, None] * s_at + o_d, m_next[:, :, None] & m_d, False)
+    """a, its slope by the pre-activation (gated) and grad_h of a tile; before the first step 1, anything and 0."""
+    b_a = load(p_a, s_at, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
+    b_slope = b_a
     if GATED:
-        b_a = sigmoid(b_a, EXACT)
-    b_a = tl.where(m_next[:, :, None], b_a, 1.0)
+        b_a = sigmoid(b_slope, EXACT)
+        b_slope = sigmoid_slope(b_slope, b_a, EXACT)
+    if not EVEN:
+        b_a = tl.where(inside(m_t, R, G), b_a, 1.0)
     b_g = tl.zeros_like(b_a)
     if HAS_GH:
-        o_t = times(begin, o_s, L, REVERSE)
-        b_g = load(p_gh + o_t[:, :, None] * s_ght + o_d, (o_s >= 0)[:, :, None] & m_d, EVEN)
-    return b_a, b_g
+        b_g = load(p_gh, s_ght, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
+    return b_a, b_slope, b_g
+
+
+@triton.jit
+def states_before(
+    p_h, s_ht, t_before, o_t, rows, left, o_d, m_d, start_state, HAS_H0: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """h_{s-1}; before the first step, which is `left` - 1 rows away, the start state."""
+    b_h = load(p_h, s_ht, t_before, o_t, rows < left - 1, o_d, m_d, False, R, G, BD)
+    if HAS_H0:
+        b_h = tl.where(inside(rows == left - 1, R, G), start_state, b_h)
+    return b_h
 
 
 @triton.jit
 def store_gradients(
-    p_a, p_b, p_c, p_h, p_ga, p_gb, p_gc, s_at, s_bt, s_ct, s_ht, s_gt, begin, o_s, L, o_d, m_d, start_state, b_g,
-    GATED: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
+    p_b, p_c, p_ga, p_gb, p_gc, s_bt, s_ct, s_gt, t, o_t, m_t, o_d, m_d, b_slope, b_h, b_g, GATED: tl.constexpr,
+    EXACT: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """From the adjoint g of a tile to the gradients of a and b, or through the activations to those of f, i and d."""
-    o_t = times(begin, o_s, L, REVERSE)
-    o_before = times(begin, o_s - 1, L, REVERSE)
-    b_h = load(p_h + o_before[:, :, None] * s_ht + o_d, (o_s > 0)[:, :, None] & m_d, False)
-    b_h = tl.where((o_s == 0)[:, :, None], start_state[None, None, :], b_h)
-    m_t = o_s >= 0
+    """From the adjoint g to the gradients of a and b, or through the activations to those of f, i and d."""
     if GATED:
-        mask = m_t[:, :, None] & m_d
-        f = load(p_a + o_t[:, :, None] * s_at + o_d, mask, EVEN)
-        i = load(p_b + o_t[:, :, None] * s_bt + o_d, mask, EVEN)
-        d = load(p_c + o_t[:, :, None] * s_ct + o_d, mask, EVEN)
+        i = load(p_b, s_bt, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
+        d = load(p_c, s_ct, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
         write, delta = sigmoid(i, EXACT), tanh(d, EXACT)
-        slope = sigmoid_slope(f, sigmoid(f, EXACT), EXACT)
-        store(p_ga, s_gt, o_t, m_t, o_d, m_d, b_g * b_h * slope, EVEN)
-        store(p_gb, s_gt, o_t, m_t, o_d, m_d, b_g * delta * sigmoid_slope(i, write, EXACT), EVEN)
-        store(p_gc, s_gt, o_t, m_t, o_d, m_d, b_g * write * (1.0 - delta * delta), EVEN)
+        gf = b_g * b_h * b_slope
+        gi = b_g * delta * sigmoid_slope(i, write, EXACT)
+        gd = b_g * write * (1.0 - delta * delta)
+        store(p_ga, s_gt, t, o_t, m_t, o_d, m_d, gf, EVEN, R, G, BD)
+        store(p_gb, s_gt, t, o_t, m_t, o_d, m_d, gi, EVEN, R, G, BD)
+        store(p_gc, s_gt, t, o_t, m_t, o_d, m_d, gd, EVEN, R, G, BD)
     else:
-        store(p_ga, s_gt, o_t, m_t, o_d, m_d, b_g * b_h, EVEN)
-        store(p_gb, s_gt, o_t, m_t, o_d, m_d, b_g, EVEN)
-
-
-@triton.jit
-def store_start_gradient(p_gh0, p_a, s_at, begin, L, o_d, m_d, g, GATED: tl.constexpr, REVERSE: tl.constexpr):
-    """grad_h0 = a_0 g_0; of a sequence without steps, the gradient of its last state."""
-    if L > 0:
-        o_first = times(begin, 0, L, REVERSE)
-        a = tl.load(p_a + o_first * s_at + o_d, mask=m_d, other=0.0).to(tl.float32)
-        if GATED:
-            a = sigmoid(a, True)
-        g = a * g
-    tl.store(p_gh0 + o_d, g, mask=m_d)
+        store(p_ga, s_gt, t, o_t, m_t, o_d, m_d, b_g * b_h, EVEN, R, G, BD)
+        store(p_gb, s_gt, t, o_t, m_t, o_d, m_d, b_g, EVEN, R, G, BD)

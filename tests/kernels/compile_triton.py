@@ -14,32 +14,38 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 FLOAT32 = {
-    "p_h0", "p_last", "p_glast", "p_gh0", "p_pair", "p_state", "p_weight", "p_bias", "p_mean", "p_rstd", "p_gweight",
+    "p_h0", "p_last", "p_glast", "p_gh0", "p_pair", "p_state0", "p_start", "p_weight", "p_bias", "p_mean", "p_rstd", "p_gweight",
     "p_gbias", "p_out_weight", "p_out_bias", "p_c0", "p_gc0",
 }  # fmt: skip
-POINTERS = {"p_flag": "*i32", "p_cu": "*i64"}
+POINTERS = {"p_ticket": "*i32", "p_words": "*i32", "p_cu": "*i64"}
 SCALARS = {"eps": "fp32", "clamp": "fp32", "below": "fp32", "edge": "fp32"}
 
-RECURRENCE = {"GATED": True, "REVERSE": False, "EXACT": False, "EVEN": False, "HAS_H0": True, "G": 32, "BD": 32}
+RECURRENCE = {
+    "GATED": True, "REVERSE": False, "EXACT": False, "EVEN": False, "WIDE": False, "R": 4, "G": 32, "BD": 32,
+}  # fmt: skip
+PIECES = {"HAS_H0": True, "HAS_CU": False, "CHUNKED": True, "STAGES": 3}
 GRADIENTS = {"HAS_GH": True, "HAS_GLAST": True}
 AFFINE = {"HAS_WEIGHT": True, "HAS_BIAS": True}
 KERNELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("scan.triton", "_forward_stream", RECURRENCE | {"HAS_CU": False, "R": 2, "STAGES": 3}),
-    ("scan.triton", "_backward_stream", RECURRENCE | GRADIENTS | {"HAS_CU": True, "R": 2, "STAGES": 3}),
-    ("scan.triton_look_back", "forward_look_back", RECURRENCE | {"R": 8, "FLAGS": 128}),
-    ("scan.triton_look_back", "backward_look_back", RECURRENCE | GRADIENTS | {"R": 8, "FLAGS": 128}),
-    ("layer_norm.triton", "_forward_narrow", AFFINE | {"HAS_RESIDUAL": True, "BR": 4, "BD": 1024, "STAGES": 1}),
+    ("scan.triton", "_forward_stream", RECURRENCE | PIECES),
+    ("scan.triton", "_backward_stream", RECURRENCE | PIECES | GRADIENTS | {"HAS_CU": True, "CHUNKED": False}),
+    ("scan.triton", "_forward_pairs", RECURRENCE | {"STAGES": 3}),
+    ("scan.triton", "_backward_pairs", RECURRENCE | {"HAS_GH": True, "STAGES": 3}),
+    ("scan.triton", "_chunk_starts", {"HAS_STATE": True, "BC": 64, "BD": 32}),
+    ("scan.triton_look_back", "forward_look_back", RECURRENCE | {"HAS_H0": True}),
+    ("scan.triton_look_back", "backward_look_back", RECURRENCE | GRADIENTS | {"HAS_H0": True}),
+    ("layer_norm.triton", "_forward_narrow", AFFINE | {"HAS_RESIDUAL": True, "EVEN": False, "BR": 4, "BD": 1024}),
     (
         "layer_norm.triton",
         "_backward_narrow",
-        {"HAS_GY": True, "HAS_GSUM": True, "HAS_WEIGHT": True, "BR": 2, "BD": 1024, "STAGES": 3},
+        {"HAS_GY": True, "HAS_GSUM": True, "HAS_WEIGHT": True, "EVEN": False, "BR": 2, "BD": 1024, "STAGES": 3},
     ),
     ("layer_norm.triton", "_forward_wide", AFFINE | {"HAS_RESIDUAL": True, "BD": 4096}),
     ("layer_norm.triton", "_backward_wide", {"HAS_GSUM": True, "HAS_WEIGHT": True, "BD": 4096}),
     ("layer_norm.triton", "_backward_wide_weights", {"BD": 1024}),
     ("layer_norm.triton", "_reduce", {"BP": 64, "BD": 32}),
-    ("context_update.triton", "_forward", AFFINE | {"EXACT": False, "BR": 2, "BD": 1024, "STAGES": 2}),
-    ("context_update.triton", "_backward", AFFINE | {"EXACT": False, "BR": 1, "BD": 1024, "STAGES": 1}),
+    ("context_update.triton", "_forward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 2, "BD": 1024}),
+    ("context_update.triton", "_backward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 1, "BD": 1024, "STAGES": 1}),
     ("context_scan.triton", "_forward", AFFINE | {"MARK": True, "EXACT": False, "BD": 1024, "STAGES": 4}),
     (
         "context_scan.triton",
@@ -62,7 +68,7 @@ def main(capability: int) -> None:
         kernel = getattr(import_module(f"newllm_kernels.{module}"), name)
         signature = {argument: type_of(argument, constants) for argument in kernel.arg_names}
         positions = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-        source = ASTSource(kernel, signature, constexprs=positions)
+        source = ASTSource(kernel.jit, signature, constexprs=positions)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         print(f"{module}.{name} {compiled.metadata.shared} {len(compiled.asm['cubin'])}", flush=True)
 
