@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # pytest-benchmark's own table is some 300 columns wide; ours says the same, and -v brings it back.
-    if not config.option.verbose and hasattr(config.option, "benchmark_quiet"):
+    if config.option.verbose < 1 and hasattr(config.option, "benchmark_quiet"):
         config.option.benchmark_quiet = True
     harness.keep_heap()
     torch._functorch.config.donated_buffer = False  # compiled backwards are run many times on one retained graph

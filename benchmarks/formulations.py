@@ -127,6 +127,9 @@ def _gated_backward(scan: Scan, grad: Tensor, f: Tensor, i: Tensor, d: Tensor, c
     return tuple(grad.to(f.dtype) for grad in grads)
 
 
+PASSES = {"scan": (_scan_forward, _scan_backward), "gated_scan": (_gated_forward, _gated_backward)}
+
+
 class Recurrence(torch.autograd.Function):
     """A compiled forward and a compiled backward, with only inputs and output saved between them."""
 
@@ -145,8 +148,7 @@ class Recurrence(torch.autograd.Function):
 @cache  # forward and backward are benchmarks of their own, and share one compilation
 def compiled(operation: str, candidate: str) -> Callable[..., tuple[Tensor, ...]]:
     """The operation ("scan" or "gated_scan") by one of the candidates, forward and backward compiled for static shapes."""
-    passes = {"scan": (_scan_forward, _scan_backward), "gated_scan": (_gated_forward, _gated_backward)}[operation]
     forward, backward = (
-        torch.compile(partial(f, CANDIDATES[candidate]), fullgraph=True, dynamic=False) for f in passes
+        torch.compile(partial(f, CANDIDATES[candidate]), fullgraph=True, dynamic=False) for f in PASSES[operation]
     )
     return lambda *inputs: (Recurrence.apply(forward, backward, *inputs),)

@@ -24,23 +24,28 @@ from typing import Any
 import pytest
 import torch
 from operations import (
+    COLUMNS,
     PEERS_PARAMETER_TOLERANCES,
+    PEERS_TOLERANCES,
+    SEGMENT,
     TOLERANCES,
     Case,
     cases,
+    checked,
     make_inputs,
     output_gradients,
     relative_error,
     truth,
 )
-from peers import NEWLLM, PROVIDERS, Outputs, Provider
+from peers import NEWLLM, PROVIDERS, Outputs, Provider, first_line
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MiB = 2**20
 # Sets of inputs together: four times the 32 MiB last-level cache of this project's CPU, ten times the L2 of an H100.
 COLD = {"cpu": 128 * MiB, "cuda": 512 * MiB}
-MOST_SETS = {"cpu": 32, "cuda": 4}  # tiny cases measure latency, and thousands of graphs would measure the allocator
+MOST_SETS = 32  # tiny cases measure latency, and thousands of graphs would measure the allocator
 SECONDS, FEWEST, MOST = 0.4, 5, 200  # per measurement: time spent, least and most repeats
+SLOW = 0.02  # seconds: a call that takes longer is a loop of thousands of kernels, and enters a CUDA graph once
 
 
 def keep_heap() -> None:
@@ -91,13 +96,13 @@ def _events(function: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def _graph_seconds(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Seconds a call by replay of a CUDA graph of all calls, twice over: without the host's overhead, and with that of
-    starting a graph (some 8 us) shared out. Each call has inputs of its own, so L2 is cold for it."""
+    """Seconds a call by replay of one CUDA graph of all calls: without the host's overhead, and with that of starting a
+    graph (some 8 us) shared out. Each call has inputs of its own, or larger ones than L2, so it finds L2 cold."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for call in calls + calls:
+        for call in calls:
             call()
-    return [seconds / (2 * len(calls)) for seconds in _events(graph.replay, repeats)]
+    return [seconds / len(calls) for seconds in _events(graph.replay, repeats)]
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -157,55 +162,72 @@ def grid(operation: str, providers: list[Provider] | None = None, only: list[Cas
 
 
 def measure(benchmark: Any, recorder: Recorder, case: Case, provider: Provider, direction: str) -> None:
-    """Check a provider against float64, then time it. A wrong result fails the benchmark and leaves no figure."""
+    """Check a provider against float64, then time it. A wrong result fails the benchmark and leaves no figure; a peer that
+    raises (it may not know this PyTorch, or run out of memory) is skipped, and the results say so."""
     reason = provider.unavailable(case)
     if reason is not None:
         pytest.skip(f"{provider.name}: {reason}")
-    function = provider.build(case)
-    error, parameter_error = errors_of(function, provider, case, direction)
-    tolerance = TOLERANCES[case.dtype]
-    loose = tolerance if provider.name == NEWLLM else PEERS_PARAMETER_TOLERANCES[case.dtype]
-    if not (error <= tolerance and parameter_error <= loose):
-        found = f"relative error {error:.1e}, allowed {tolerance:.0e}; of parameters {parameter_error:.1e}, {loose:.0e}"
-        what = f"{case.operation} {case} {provider.name} {direction}: {found}"
-        recorder.refused.append(what)
-        pytest.fail(f"no figure for a wrong result: {what}", pytrace=False)
+    what = f"{case.operation} {case} {provider.name} {direction}"
+    try:
+        row = checked_row(recorder, case, provider, direction, what)
+        times = timed(benchmark, case, provider, direction, row)
+    except Exception as error:
+        if provider.name == NEWLLM:
+            raise
+        recorder.refused.append(f"{what}: {type(error).__name__}: {first_line(error)}")
+        pytest.skip(recorder.refused[-1])
+    if times:  # none under --benchmark-disable
+        recorder.add(benchmark, times, row)
+
+
+def checked_row(recorder: Recorder, case: Case, provider: Provider, direction: str, what: str) -> dict[str, Any]:
+    """The row of a provider whose results are right, without times."""
+    error, parameter_error = errors_of(provider.build(case), provider, case, direction)
+    tolerance = large = loose = TOLERANCES[case.dtype]
+    if provider.name != NEWLLM:
+        large, loose = PEERS_TOLERANCES[case.dtype], PEERS_PARAMETER_TOLERANCES[case.dtype]
+    if not (error <= large and parameter_error <= loose):
+        found = f"relative error {error:.1e}, allowed {large:.0e}; of parameters {parameter_error:.1e}, {loose:.0e}"
+        recorder.refused.append(f"{what}: {found}")
+        pytest.fail(f"no figure for a wrong result: {what}: {found}", pytrace=False)
     row = {
         "op": case.operation, "provider": provider.name, "direction": direction, "shape": list(case.shape),
         "dtype": case.precision, "device": case.device, "bytes": case.bytes(direction), "error": error,
         "parameter_error": parameter_error, "tolerance": tolerance,
     }  # fmt: skip
+    if case.series is not None:
+        row |= {"series": case.series, "checked": f"every {SEGMENT} steps of some {COLUMNS} columns, against float32"}
+    return row
+
+
+def timed(benchmark: Any, case: Case, provider: Provider, direction: str, row: dict[str, Any]) -> list[float]:
+    function = provider.build(case)
     gc.collect()  # graphs of the case before
-    if case.device == "cuda":
-        # A backward runs on the stream of its forward, and a graph is not captured on the default one.
-        with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda.synchronize()
-            times = time_on_gpu(benchmark, prepared_calls(function, provider, case, direction), row)
-    else:
-        times = time_on_cpu(benchmark, prepared_calls(function, provider, case, direction))
-    if times:  # none under --benchmark-disable
-        recorder.add(benchmark, times, row)
+    if case.device != "cuda":
+        return time_on_cpu(benchmark, prepared_calls(function, provider, case, direction))
+    torch.cuda.empty_cache()  # the largest cases want the memory in one piece
+    # A backward runs on the stream of its forward, and a graph is not captured on the default one.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        return time_on_gpu(benchmark, prepared_calls(function, provider, case, direction), row)
 
 
 def errors_of(function: Callable[..., Outputs], provider: Provider, case: Case, direction: str) -> tuple[float, float]:
     """Relative errors against float64: the worst of the large tensors, and the worst of weight's and bias's gradients."""
     inputs = make_inputs(case)
-    if direction == "forward":
-        with torch.no_grad():
-            got = provider.restore(*function(*provider.prepare(*inputs)))
-    else:
-        outputs = provider.restore(*function(*provider.prepare(*inputs)))
-        got = torch.autograd.grad(outputs, inputs, output_gradients(outputs))
-    pairs = list(zip(got, truth(case)[direction], strict=True))
+    with torch.set_grad_enabled(direction == "backward"):
+        outputs = tuple(y.to(case.dtype) for y in provider.restore(*function(*provider.prepare(*inputs))))
+    got = outputs if direction == "forward" else torch.autograd.grad(outputs, inputs, output_gradients(outputs))
+    pairs = list(zip(checked(case, got), truth(case)[direction], strict=True))
     large, vectors = ([pair for pair in pairs if (pair[1].dim() == 1) is flat] for flat in (False, True))
-    return relative_error(large), relative_error(vectors)
+    return relative_error(large, SEGMENT if case.series else None), relative_error(vectors)
 
 
 def prepared_calls(
     function: Callable[..., Outputs], provider: Provider, case: Case, direction: str
 ) -> list[Callable[[], Any]]:
     """As many calls, each on inputs (or a graph) of its own, as it takes to leave the caches cold."""
-    sets = min(MOST_SETS[case.device], max(2, math.ceil(COLD[case.device] / case.bytes(direction))))
+    sets = min(MOST_SETS, math.ceil(COLD[case.device] / case.bytes(direction)))
     calls = []
     for seed in range(sets):
         with torch.no_grad():
@@ -265,7 +287,8 @@ def time_on_gpu(benchmark: Any, calls: list[Callable[[], Any]], row: dict[str, A
     times: list[float] = []
     benchmark.pedantic(lambda: times.extend(_events(call, _repeats(once))), rounds=1)
     try:
+        calls = calls[:1] if once > SLOW else calls + calls
         row["graph_us"] = statistics.median(_graph_seconds(calls, _repeats(once * len(calls)))) * 1e6
     except RuntimeError as error:  # a provider may synchronise or allocate in ways that a capture forbids
-        row["graph_us"], row["graph_failure"] = None, str(error).splitlines()[0]
+        row["graph_us"], row["graph_failure"] = None, first_line(error)
     return times

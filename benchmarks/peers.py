@@ -2,11 +2,12 @@
 
     newllm     the auto backend
     eager      what a user writes without this package: torch.nn.functional.layer_norm, a composition of tensor operations,
-               or, for a recurrence, a Python loop over T, tuned (activations hoisted, fused multiply-add)
+               or, for a recurrence, a Python loop over T, tuned (activations hoisted, fused multiply-add);
+               in gated_scan_norm the gates and the norm alone are eager, and the scan between them is the compiled one
     loop       that loop as the formula reads
     compiled   torch.compile of the best pure-PyTorch formulation known (formulations.py; bench_scan.py --candidates times
                the others too)
-    liger, fla, accelerated-scan   other people's Triton and CUDA kernels, where they are installed
+    liger, fla, accelerated-scan   other people's Triton and CUDA kernels, where they are installed (the extra "peers")
 
 No peer is made to look bad: loops keep a float32 state and unbind the time dimension (indexing a[:, t] would fill a whole
 zero tensor for every step of the backward), and what prepares inputs (a transposition, a logarithm) is not timed.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
 
 import formulations
 import operations
@@ -127,18 +128,50 @@ def _compiled_recurrence(case: Case, candidate: str = "") -> Function:
     return formulations.compiled(case.operation, candidate or formulations.FASTEST[case.device])
 
 
+def _eager_gated_scan_norm(case: Case) -> Function:
+    scan = formulations.compiled("scan", formulations.FASTEST[case.device])
+    return lambda f, i, d, weight, bias: layer_norm(
+        *scan(torch.sigmoid(f), torch.sigmoid(i) * torch.tanh(d)), weight, bias
+    )
+
+
+def _compiled_gated_scan_norm(case: Case) -> Function:
+    # Two graphs: the scan goes along T and the norm along D, which Inductor could not fuse in one.
+    scan, norm = formulations.compiled("gated_scan", formulations.FASTEST[case.device]), compiled(layer_norm)
+    return lambda f, i, d, weight, bias: norm(*scan(f, i, d), weight, bias)
+
+
 def _too_many_steps(case: Case) -> str | None:
     """A Python loop over 65536 steps records a graph of 10**5 nodes and takes seconds a run: no news in it."""
     return None if case.shape[1] <= 8192 else f"a Python loop over {case.shape[1]} steps"
 
 
 # ---- other libraries ------------------------------------------------------------------------------------------------
+# Written against liger-kernel 0.8.5, fla-core 0.6.0 and accelerated-scan 0.3.1 (pip install -e ".[peers]").
+
+
+@cache
+def _import_failure(module: str) -> str | None:
+    """Why a module cannot be used here. accelerated_scan.warp compiles CUDA when it is imported, which fails in many ways."""
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:
+        return f"{module} cannot be imported: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _gpu_library(module: str, case: Case) -> str | None:
-    if case.device != "cuda":
-        return "runs on CUDA tensors only"
-    return None if find_spec(module) else f"{module} is not installed"
+    return "runs on CUDA tensors only" if case.device != "cuda" else _import_failure(module)
+
+
+LIGER, FLA_NORM, FLA_HGRN = "liger_kernel.ops.layer_norm", "fla.modules.layernorm", "fla.ops.hgrn"
+ACCELERATED, ACCELERATED_TRITON = "accelerated_scan.warp", "accelerated_scan.scalar"
 
 
 def _liger(case: Case) -> Function:
@@ -153,27 +186,76 @@ def _fla_layer_norm(case: Case) -> Function:
     return lambda x, weight, bias: (fla_layer_norm(x, weight, bias, eps=EPS),)
 
 
-def _fla_scan(case: Case) -> Function:
+def _fla_add_layer_norm(case: Case) -> Function:
+    from fla.modules.layernorm import layer_norm as fla_layer_norm
+
+    # prenorm: the sum comes back beside the normalised one, as ours does.
+    return lambda x, residual, weight, bias: fla_layer_norm(x, weight, bias, residual, eps=EPS, prenorm=True)
+
+
+def _chunk_hgrn() -> Callable[[Tensor, Tensor], Tensor]:
+    """h_t = exp(g_t) h_{t-1} + x_t, all (B, T, D): any T and D, h in x's dtype, between its passes in float32."""
     from fla.ops.hgrn import chunk_hgrn
 
-    return lambda log_a, b: chunk_hgrn(b, log_a)[:1]
+    return lambda x, g: chunk_hgrn(x, g)[0]
 
 
-def _accelerated_scan(case: Case) -> Function:
-    from accelerated_scan.warp import scan
+def _fla_scan(case: Case) -> Function:
+    hgrn = _chunk_hgrn()
+    return lambda log_a, b: (hgrn(b, log_a),)
 
+
+def _log_decays(a: Tensor, b: Tensor) -> Outputs:
+    """fla's decays are logarithms; 16 bits of one are as good as 16 bits of the decay (1.7e-3 off in bfloat16, both)."""
+    return a.float().log().to(a.dtype), b
+
+
+def _fla_gated_scan(case: Case) -> Function:
+    hgrn = _chunk_hgrn()
+    return lambda f, i, d: (hgrn(torch.sigmoid(i) * torch.tanh(d), F.logsigmoid(f)),)
+
+
+def _fla_gated_scan_norm(case: Case) -> Function:
+    scan = _fla_gated_scan(case)
+    return lambda f, i, d, weight, bias: layer_norm(*scan(f, i, d), weight, bias)
+
+
+# accelerated-scan: time comes last, (B, D, T) contiguous, a and b of one dtype. `warp` is CUDA C++, compiled at its import,
+# for T a power of two from 32 to 65536, with states of the tensors' dtype. From T = 4096 on its 16-bit kernel takes four
+# elements for 16 bytes (`class alignas(16) AlignedTuple` of warp.cuh): it reads and writes twice as far as its tensors reach.
+# There the scan alone is given float32, the only way it can be used; its results come back rounded. `scalar` is Triton, any T.
+WARP_SHORTEST, WARP_LONGEST, WARP_16_BIT = 32, 65536, 4096
+
+
+def _accelerated_scan(module: str, case: Case) -> Function:
+    scan = import_module(module).scan
     return lambda a, b: (scan(a, b),)
 
 
-def _accelerated_unavailable(case: Case) -> str | None:
+def _accelerated_gated_scan(module: str, case: Case) -> Function:
+    scan = import_module(module).scan
+    return lambda f, i, d: (scan(torch.sigmoid(f), torch.sigmoid(i) * torch.tanh(d)),)
+
+
+def _warp(case: Case) -> str | None:
     T = case.shape[1]
-    if T & (T - 1):
-        return f"wants T a power of two, not {T}"
-    return _gpu_library("accelerated_scan", case)
+    if T & (T - 1) or not WARP_SHORTEST <= T <= WARP_LONGEST:
+        return f"wants T a power of two from {WARP_SHORTEST} to {WARP_LONGEST}, not {T}"
+    return _gpu_library(ACCELERATED, case)
+
+
+def _warp_16_bit(case: Case) -> str | None:
+    if case.dtype.itemsize == 2 and case.shape[1] >= WARP_16_BIT:
+        return f"its 16-bit kernel leaves its tensors' memory from T = {WARP_16_BIT} on"
+    return _warp(case)
 
 
 def _time_last(*tensors: Tensor) -> Outputs:
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)
+
+
+def _time_last_for_warp(*tensors: Tensor) -> Outputs:
+    return _time_last(*(x.float() if x.shape[1] >= WARP_16_BIT else x for x in tensors))
 
 
 NEWLLM, COMPILED = "newllm", "compiled:"
@@ -189,17 +271,34 @@ PROVIDERS: dict[str, list[Provider]] = {
         Provider("loop", lambda case: written_scan, _too_many_steps),
         Provider("eager", lambda case: loop_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
+        Provider("fla", _fla_scan, partial(_gpu_library, FLA_HGRN), _log_decays),
         Provider(
-            "fla", _fla_scan, partial(_gpu_library, "fla"),
-            prepare=lambda a, b: (a.float().log(), b),  # its decays come as logarithms
+            "accelerated-scan", partial(_accelerated_scan, ACCELERATED), _warp, _time_last_for_warp, _time_last
         ),
-        Provider("accelerated-scan", _accelerated_scan, _accelerated_unavailable, _time_last, _time_last),
+        Provider(
+            "accelerated-scan-triton", partial(_accelerated_scan, ACCELERATED_TRITON),
+            partial(_gpu_library, ACCELERATED_TRITON), _time_last, _time_last,
+        ),
     ],
     "gated_scan": [
         _ours("gated_scan"),
         Provider("loop", lambda case: written_gated_scan, _too_many_steps),
         Provider("eager", lambda case: loop_gated_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
+        Provider("fla", _fla_gated_scan, partial(_gpu_library, FLA_HGRN)),
+        Provider(
+            "accelerated-scan", partial(_accelerated_gated_scan, ACCELERATED), _warp_16_bit, _time_last, _time_last
+        ),
+        Provider(
+            "accelerated-scan-triton", partial(_accelerated_gated_scan, ACCELERATED_TRITON),
+            partial(_gpu_library, ACCELERATED_TRITON), _time_last, _time_last,
+        ),
+    ],
+    "gated_scan_norm": [
+        _ours("gated_scan_norm"),
+        Provider("eager", _eager_gated_scan_norm),
+        Provider("compiled", _compiled_gated_scan_norm),
+        Provider("fla", _fla_gated_scan_norm, partial(_gpu_library, FLA_HGRN)),
     ],
     "context_update": [
         _ours("context_update"),
@@ -216,13 +315,14 @@ PROVIDERS: dict[str, list[Provider]] = {
         _ours("layer_norm"),
         Provider("eager", lambda case: layer_norm),
         Provider("compiled", lambda case: compiled(layer_norm)),
-        Provider("liger", _liger, partial(_gpu_library, "liger_kernel")),
-        Provider("fla", _fla_layer_norm, partial(_gpu_library, "fla")),
+        Provider("liger", _liger, partial(_gpu_library, LIGER)),
+        Provider("fla", _fla_layer_norm, partial(_gpu_library, FLA_NORM)),
     ],
     "add_layer_norm": [
         _ours("add_layer_norm"),
         Provider("eager", lambda case: add_layer_norm),
         Provider("compiled", lambda case: compiled(add_layer_norm)),
+        Provider("fla", _fla_add_layer_norm, partial(_gpu_library, FLA_NORM)),
     ],
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""The pictures of a results file: share of the copy bandwidth, speed-up over the baselines, host overhead."""
+"""The pictures of a results file: share of the copy bandwidth, speed-up over the baselines, scaling, host overhead."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,20 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from report import COMPILED, EAGER, OURS, Key, Row, _overhead, best_compiled, grouped, speedup
+from matplotlib.ticker import LogLocator
+from report import COMPILED, EAGER, OURS, Key, Row, _overhead, best_compiled, gbps, grouped, share, speedup
 
-COLOURS = {OURS: "#1b6ca8", EAGER: "#c2c2c2", COMPILED: "#e0943a"}
-MORE = ["#5a9e6f", "#8c6bb1", "#b5514d", "#4d4d4d"]
+COLOURS = {
+    OURS: "#1b6ca8", EAGER: "#c2c2c2", COMPILED: "#e0943a", "loop": "#4d4d4d", "fla": "#5a9e6f", "liger": "#b5514d",
+    "accelerated-scan": "#8c6bb1", "accelerated-scan-triton": "#c9a6dd",
+}  # fmt: skip
 
 
 def draw(rows: list[Row], stem: Path, content: dict[str, Any]) -> list[Path]:
-    """Write <stem>-roofline.png, -speedup.png and -overhead.png, whichever have rows; returns their paths."""
+    """Write <stem>-roofline.png, -speedup.png, -scaling.png and -overhead.png, whichever have rows; returns their paths."""
     caption = f"{content['device']}, {content['threads']} threads, torch {content['torch']}, {content['date'][:10]}"
     written = []
-    for name, painter in (("roofline", roofline), ("speedup", speedups), ("overhead", overheads)):
+    for name, painter in PAINTERS.items():
         figure = painter(rows, content)
         if figure is not None:
             figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7, color="#666666")
@@ -47,8 +51,9 @@ def _panels(rows: list[Row]) -> tuple[list[str], dict[str, dict[str, dict[str, R
     return list(dict.fromkeys([*sides["forward"], *sides["backward"]])), sides
 
 
-def _figure(labels: list[str], title: str) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.38 * len(labels)), sharey=True, layout="constrained")
+def _figure(labels: list[str], title: str, height: float = 0.38) -> tuple[Any, Any]:
+    size = (12, 1.6 + max(height, 0.38) * len(labels))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     figure.suptitle(title)
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         axis.set_title(direction, fontsize=10)
@@ -60,29 +65,30 @@ def _figure(labels: list[str], title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _colour(provider: str, providers: list[str]) -> str:
-    extra = [name for name in providers if name not in COLOURS]
-    return COLOURS[provider] if provider in COLOURS else MORE[extra.index(provider) % len(MORE)]
-
-
 def roofline(rows: list[Row], content: dict[str, Any]) -> Any:
     labels, sides = _panels(rows)
     if not labels:
         return None
-    title = f"Share of the copy bandwidth ({content['copy_gbps']:.1f} GB/s, read plus written); longer is better"
-    figure, axes = _figure(labels, title)
-    providers = list(dict.fromkeys(name for side in sides.values() for group in side.values() for name in group))
-    height = 0.8 / len(providers)
+    graphs = "; times in a CUDA graph where one could be made" if any("graph_us" in row for row in rows) else ""
+    title = (
+        f"Share of the copy bandwidth ({content['copy_gbps']:,.0f} GB/s read plus written){graphs}; longer is better"
+    )
+    found = {name for side in sides.values() for group in side.values() for name in group}
+    providers = [name for name in COLOURS if name in found]
+    most = max(len(group) for side in sides.values() for group in side.values())
+    figure, axes = _figure(labels, title, 0.14 * most)
+    height = 0.84 / most
     for axis, side in zip(axes, sides.values(), strict=True):
-        for k, provider in enumerate(providers):
-            places = [y for y, label in enumerate(labels) if provider in side.get(label, {})]
-            shares = [side[labels[y]][provider]["percent_of_copy"] for y in places]
-            bars = axis.barh(
-                [y - 0.4 + (k + 0.5) * height for y in places], shares, height, color=_colour(provider, providers),
-                label=provider,
-            )  # fmt: skip
-            if provider == OURS:
-                axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+        # The bars of one label stand together, whoever is missing.
+        present = {label: [name for name in providers if name in side.get(label, {})] for label in labels}
+        for provider in providers:
+            places = [(y, label) for y, label in enumerate(labels) if provider in present[label]]
+            centres = [
+                y + (present[label].index(provider) - (len(present[label]) - 1) / 2) * height for y, label in places
+            ]
+            shares = [share(side[label][provider]) for _, label in places]
+            bars = axis.barh(centres, shares, height, color=COLOURS[provider], label=provider)
+            axis.bar_label(bars, fmt="%.0f", fontsize=6.5, padding=2, fontweight="bold" if provider == OURS else None)
         axis.axvline(100, color="black", linewidth=1, linestyle="--")
         axis.set_xlabel("% of copy (dashed: the copy itself)", fontsize=8)
         axis.set_xlim(0, max(115.0, axis.get_xlim()[1]))
@@ -114,20 +120,63 @@ def speedups(rows: list[Row], content: dict[str, Any]) -> Any:
     return figure
 
 
+def scaling(rows: list[Row], content: dict[str, Any]) -> Any:
+    """Rate against the length of one sequence: a panel for each operation and direction, a line for each provider."""
+    groups = grouped(rows, "scaling")
+    panels = list(dict.fromkeys((key[0], key[3]) for key in groups))
+    if not panels:
+        return None
+    operations, directions = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    size = (1.5 + 4.2 * len(operations), 1.2 + 3.2 * len(directions))
+    figure, axes = plt.subplots(
+        len(directions), len(operations), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    first = next(row for group in groups.values() for row in group.values())
+    figure.suptitle(f"One sequence of T steps (1 x T x {first['shape'][2]}, {first['dtype']})", fontsize=11)
+    for (i, direction), (j, operation) in product(enumerate(directions), enumerate(operations)):
+        axis = axes[i][j]
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for key, group in groups.items():
+            if (key[0], key[3]) == (operation, direction):
+                for provider, row in group.items():
+                    lines.setdefault(provider, []).append((row["shape"][1], gbps(row)))
+        for provider, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, color=COLOURS[provider], label=provider)
+        axis.axhline(content["copy_gbps"], color="black", linewidth=1, linestyle="--")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.grid(color="#e6e6e6")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{operation}, {direction}", fontsize=10)
+        axis.set_ylabel("GB/s (dashed: a copy)" if j == 0 else "", fontsize=8)
+        axis.set_xlabel("T" if i == len(directions) - 1 else "", fontsize=8)
+    handles = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=len(handles), fontsize=8)
+    return figure
+
+
 def overheads(rows: list[Row], content: dict[str, Any]) -> Any:
     overhead = _overhead(rows)
     if not overhead:
         return None
-    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.45 * len(overhead)), layout="constrained")
-    for k, (label, colour) in enumerate((("no gradients", COLOURS[OURS]), ("gradients recorded", COLOURS[COMPILED]))):
-        values = [pair[k] or 0.0 for pair in overhead.values()]
-        bars = axis.barh([y - 0.2 + 0.4 * k for y in range(len(overhead))], values, 0.38, color=colour, label=label)
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=3, bbox={"color": "white", "pad": 0.5})
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.5 * len(overhead)), layout="constrained")
+    kinds = {"no gradients": COLOURS[OURS], "gradients recorded": COLOURS[COMPILED], "backward": COLOURS["fla"]}
+    for k, (label, colour) in enumerate(kinds.items()):
+        found = {y: times[k] for y, times in enumerate(overhead.values()) if times[k]}
+        if found:  # files of before have no backward
+            bars = axis.barh([y - 0.28 + 0.28 * k for y in found], found.values(), 0.27, color=colour, label=label)
+            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=3, bbox={"color": "white", "pad": 0.5})
     axis.axvline(15, color="black", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(overhead)), list(overhead), fontsize=8)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("microseconds a call on a tensor of 32 elements (dashed: the goal, 15)", fontsize=8)
+    axis.set_xlabel("microseconds a call on a tensor of 32 elements (dashed: the goal of a call, 15)", fontsize=8)
     axis.set_title("Host overhead of one small call", fontsize=10)
-    figure.legend(loc="outside lower left", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
     return figure
+
+
+PAINTERS = {"roofline": roofline, "speedup": speedups, "scaling": scaling, "overhead": overheads}

@@ -1,7 +1,8 @@
 """Results as JSON, as a markdown table and as plots: `python benchmarks/report.py [results.json ...]`.
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
-<device>-roofline.png, <device>-speedup.png and <device>-overhead.png.
+<device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
+is needed. Files of train_speed.py are printed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from newllm_kernels import native
 Row = dict[str, Any]
 Key = tuple[str, str, str, str]  # operation, size, dtype, direction
 OURS, EAGER, COMPILED = "newllm", "eager", "compiled"
+OVERHEADS = ("overhead", "overhead, recorded", "overhead, backward")
 HEADLINE = {"cpu": "8x1024x512", "cuda": "8x4096x1024"}
 
 
@@ -80,22 +82,42 @@ def size_of(row: Row) -> str:
     return "x".join(map(str, row["shape"]))
 
 
-def grouped(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """Measurements of one thing, by provider."""
+def grouped(rows: list[Row], series: str | None = None) -> dict[Key, dict[str, Row]]:
+    """Measurements of one thing, by provider; those of a series only where it is named."""
     groups: dict[Key, dict[str, Row]] = {}
     for row in rows:
+        if row.get("series") != series:
+            continue
         groups.setdefault((row["op"], size_of(row), row["dtype"], row["direction"]), {})[row["provider"]] = row
     return groups
+
+
+def kernel_us(row: Row) -> float:
+    """Time in a CUDA graph where there is one, which leaves the host out."""
+    return row.get("graph_us") or row["median_us"]
+
+
+def share(row: Row) -> float:
+    """% of the copy bandwidth, by that time."""
+    return row["percent_of_copy"] * row["median_us"] / kernel_us(row)
+
+
+def gbps(row: Row) -> float:
+    return row["bytes"] / kernel_us(row) / 1e3
 
 
 def best_compiled(group: dict[str, Row]) -> Row | None:
     """The fastest compiled formulation, the further candidates included where they were timed."""
     found = [row for name, row in group.items() if name.startswith(COMPILED)]
-    return min(found, key=lambda row: row["median_us"]) if found else None
+    return min(found, key=kernel_us) if found else None
 
 
 def speedup(group: dict[str, Row], over: Row | None) -> float | None:
-    return over["median_us"] / group[OURS]["median_us"] if over and OURS in group else None
+    if not over or OURS not in group:
+        return None
+    both_in_graphs = over.get("graph_us") and group[OURS].get("graph_us")
+    times = [row["graph_us"] if both_in_graphs else row["median_us"] for row in (over, group[OURS])]
+    return times[0] / times[1]
 
 
 def ratios(rows: list[Row]) -> list[dict[str, Any]]:
@@ -119,7 +141,7 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
         eager, ours = group.get(EAGER), group.get(OURS)
         if operation in ("scan", "gated_scan") and ours and size == HEADLINE.get(ours["device"]):
             if dtype == "float32" and direction == "forward":
-                add(f"{what}, % of copy", ours["percent_of_copy"], 60)
+                add(f"{what}, % of copy", share(ours), 60)
             if direction in ("forward", "backward"):
                 add(f"{what}, over a Python loop", speedup(group, group.get("loop")), 10)
                 add(f"{what}, over a tuned Python loop", speedup(group, eager), 10)
@@ -128,7 +150,7 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
             add(f"{what}, over torch", speedup(group, eager), 1)
         elif operation == "context_update" and direction in ("forward", "backward"):
             add(f"{what}, over eager", speedup(group, eager), 3)
-        if direction.startswith("overhead") and ours:
+        if direction in OVERHEADS[:2] and ours:
             add(f"{operation} host {direction}, us", ours["median_us"], 15, at_least=False)
     return found
 
@@ -144,7 +166,11 @@ def _cells(headers: list[str], lines: list[list[str]]) -> str:
 
 
 def _us(row: Row | None) -> str:
-    return "-" if row is None else f"{row['median_us']:,.{0 if row['median_us'] >= 1000 else 1}f}"
+    """Time in a graph; an event time is starred where the others are not: no graph could be made."""
+    if row is None:
+        return "-"
+    us = kernel_us(row)
+    return f"{us:,.{0 if us >= 1000 else 1}f}" + ("*" if "graph_us" in row and not row["graph_us"] else "")
 
 
 def table(rows: list[Row], copy_gbps: float) -> str:
@@ -154,19 +180,21 @@ def table(rows: list[Row], copy_gbps: float) -> str:
     others = sorted(
         {
             name
-            for name in (row["provider"] for row in rows)
+            for group in timed.values()
+            for name in group
             if name not in (OURS, EAGER) and not name.startswith(COMPILED)
         }
     )
     graph = any("graph_us" in row for row in rows)
-    headers = ["what (us, median)", OURS, *(["in a graph"] if graph else []), "GB/s", "% of copy", EAGER, "ours is", COMPILED, "ours is", *others]  # fmt: skip
+    unit = "us, in a CUDA graph" if graph else "us, median"
+    headers = [f"what ({unit})", OURS, *(["by events"] if graph else []), "GB/s", "% of copy", EAGER, "ours is", COMPILED, "ours is", *others]  # fmt: skip
     lines = []
     for (operation, size, dtype, direction), group in timed.items():
         ours = group.get(OURS)
         line = [f"{operation} {size} {dtype} {direction}", _us(ours)]
         if graph:
-            line.append(f"{ours['graph_us']:,.1f}" if ours and ours.get("graph_us") else "-")
-        line += [f"{ours['gbps']:.1f}", f"{ours['percent_of_copy']:.0f}"] if ours else ["-", "-"]
+            line.append(f"{ours['median_us']:,.1f}" if ours else "-")
+        line += [f"{gbps(ours):.1f}", f"{share(ours):.0f}"] if ours else ["-", "-"]
         for peer in (group.get(EAGER), best_compiled(group)):
             ratio = speedup(group, peer)
             line += [_us(peer), "-" if ratio is None else f"{ratio:.2f}x"]
@@ -174,15 +202,20 @@ def table(rows: list[Row], copy_gbps: float) -> str:
     parts = [f"Copy bandwidth {copy_gbps:.1f} GB/s (read plus written)."]
     if lines:
         parts.append(_cells(headers, lines))
+    if any("*" in cell for line in lines for cell in line):
+        parts.append("* by events: no CUDA graph could be made of it.")
     if candidates := _candidates(timed):
         parts.append(candidates)
-    if inexact := [row for row in rows if row.get("parameter_error", 0.0) > row.get("tolerance", math.inf)]:
-        worst = max(inexact, key=lambda row: row["parameter_error"])
-        names = ", ".join(dict.fromkeys(f"{row['provider']} {row['op']} {row['dtype']}" for row in inexact))
-        parts.append(f"Inexact: gradients of weight and bias, up to {worst['parameter_error']:.0e} off, of {names}.")
+    if scaling := _scaling(rows):
+        parts.append(scaling)
+    for what, error in (("results", "error"), ("gradients of weight and bias", "parameter_error")):
+        if inexact := [row for row in rows if row.get(error, 0.0) > row.get("tolerance", math.inf)]:
+            worst = max(row[error] for row in inexact)
+            names = ", ".join(dict.fromkeys(f"{row['provider']} {row['op']} {row['dtype']}" for row in inexact))
+            parts.append(f"Inexact: {what}, up to {worst:.0e} off, of {names}.")
     if overhead := _overhead(rows):
         lines = [[name, *(f"{value:.1f}" if value else "-" for value in values)] for name, values in overhead.items()]
-        parts.append(_cells(["host overhead (us)", "no gradients", "recorded"], lines))
+        parts.append(_cells(["host overhead (us)", "no gradients", "recorded", "backward"], lines))
     if wanted := ratios(rows):
         lines = [[r["what"], f"{r['value']:g}", r["wanted"], "yes" if r["met"] else "NO"] for r in wanted]
         parts.append(_cells(["wanted", "measured", "goal", "met"], lines))
@@ -199,16 +232,67 @@ def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:
     return _cells(["torch.compile of (us)", "the fastest counts above"], lines) if lines else None
 
 
-def _overhead(rows: list[Row]) -> dict[str, tuple[float | None, float | None]]:
-    times = {
-        (_name(row), row["direction"]): row["median_us"] for row in rows if row["direction"].startswith("overhead")
-    }
+def _scaling(rows: list[Row]) -> str | None:
+    """Rates along the length of one sequence."""
+    groups = grouped(rows, "scaling")
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    lines = [
+        [" ".join(key), *(f"{gbps(group[name]):.1f}" if name in group else "-" for name in names)]
+        for key, group in groups.items()
+    ]
+    return _cells(["scaling (GB/s)", *names], lines) if lines else None
+
+
+def _overhead(rows: list[Row]) -> dict[str, tuple[float | None, ...]]:
+    """Name of a call -> its time by each of OVERHEADS."""
+    times = {(_name(row), row["direction"]): row["median_us"] for row in rows if row["direction"] in OVERHEADS}
     names = dict.fromkeys(name for name, _ in times)
-    return {name: (times.get((name, "overhead")), times.get((name, "overhead, recorded"))) for name in names}
+    return {name: tuple(times.get((name, kind)) for kind in OVERHEADS) for name in names}
 
 
 def _name(row: Row) -> str:
     return row["op"] if row["provider"] == OURS else f"torch {row['op']}"
+
+
+def training_table(content: dict[str, Any]) -> str:
+    """Markdown: tokens/s of every configuration, then where the time of ours goes."""
+    headers = ["training", "backend", "compiled", "tokens/s", "ms a step", "peak memory", "relative"]
+    first = next((run["tokens_per_s"] for run in content["runs"] if "failure" not in run), None)
+    lines, failures = [], []
+    for run in content["runs"]:
+        name = [run["model"], run["backend"], "yes" if run["compiled"] else "no"]
+        if "failure" in run:
+            failures.append(f"FAILED  {' '.join(name[:2])}, compiled {name[2]}: {run['failure']}")
+            continue
+        peak = run["peak_bytes"]
+        lines.append(
+            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
+             f"{run['tokens_per_s'] / first:.2f}x"]
+        )  # fmt: skip
+    parts = [
+        f"Preset {content['preset']}, {content['batch']} x {content['length']} tokens a step, {content['precision']}.",
+        _cells(headers, lines),
+        *failures,
+    ]
+    for run in content["runs"]:
+        if profile := run.get("profile"):
+            what = f"{run['model']}, {'compiled' if run['compiled'] else 'not compiled'}"
+            lines = [
+                [op["name"], f"{op['us']:,.0f}", f"{op['percent']:.1f}", f"{op['calls']:g}"] for op in profile["top"]
+            ]
+            parts.append(_cells([f"{what}: {profile['of']}", "us a step", "%", "calls a step"], lines))
+            parts.append(
+                f"{profile['total_us'] / 1e3:,.1f} ms in all of them; a step takes {run['median_ms']:,.1f} ms."
+            )
+    return "\n\n".join(parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A results file, of the benchmarks (rows) or of train_speed.py (runs)."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or not ("runs" in content or {"rows", "copy_gbps"} <= content.keys()):
+        raise ValueError("has no rows of benchmarks")
+    return content
 
 
 def main(arguments: list[str]) -> int:
@@ -220,18 +304,19 @@ def main(arguments: list[str]) -> int:
         return 2
     for path in paths:
         try:
-            content = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            content = _read(path)
+        except (OSError, ValueError) as error:
             print(f"{path}: not a readable results file: {error}", file=sys.stderr)
             return 2
-        rows = content["rows"]
         print(f"\n## {content['device']}, {content['date'][:10]}\n")
         versions = ", ".join(
             f"{k} {content[k]}" for k in ("torch", "triton", "python", "compiler", "isa") if content[k]
         )
-        print(f"{content['threads']} threads; {versions}.\n\n{table(rows, content['copy_gbps'])}\n")
-        for picture in plots.draw(rows, path.with_suffix(""), content):
-            print(f"wrote {picture}", file=sys.stderr)
+        body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
+        print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
+        if "rows" in content:
+            for picture in plots.draw(content["rows"], path.with_suffix(""), content):
+                print(f"wrote {picture}", file=sys.stderr)
     return 0
 
 

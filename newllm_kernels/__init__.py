@@ -5,6 +5,7 @@
     context_update  one step of the cell: gates, update, LayerNorm, clamp
     context_scan    the cell over a whole sequence
     layer_norm, add_layer_norm
+    gated_scan_layer_norm   gated_scan, and LayerNorm of what it returns
 
     ContextUpdate   the cell as a layer         LayerNorm   drop-in for torch.nn.LayerNorm
 
@@ -18,6 +19,7 @@ from newllm_kernels.backends import BackendError, current_backend, explain, oper
 from newllm_kernels.context_scan import context_scan, context_scan_packed
 from newllm_kernels.context_update import context_update, context_update_packed
 from newllm_kernels.gated_scan import gated_scan, gated_scan_packed
+from newllm_kernels.gated_scan_layer_norm import gated_scan_layer_norm, gated_scan_layer_norm_packed
 from newllm_kernels.layer_norm import add_layer_norm, layer_norm
 from newllm_kernels.modules import ContextUpdate, LayerNorm
 from newllm_kernels.scan import scan
@@ -26,6 +28,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError", "ContextUpdate", "LayerNorm", "add_layer_norm", "context_scan", "context_scan_packed",
-    "context_update", "context_update_packed", "current_backend", "explain", "gated_scan", "gated_scan_packed",
-    "layer_norm", "operations", "scan", "use_backend",
+    "context_update", "context_update_packed", "current_backend", "explain", "gated_scan", "gated_scan_layer_norm",
+    "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "scan", "use_backend",
 ]  # fmt: skip

@@ -7,19 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.layer_norm.triton import reduce_partials, row_statistics, row_tile
+from newllm_kernels.layer_norm.triton import clamped, reduce_partials, row_statistics, row_tile
 from newllm_kernels.scan.triton import columns
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 from newllm_kernels.triton_support import contiguous, kernel
 
 WIDEST = 8192
-
-
-@triton.jit
-def clamped(y, limit):
-    """NaN passes through, as in torch.clamp."""
-    y = tl.where(y > limit, limit, y)
-    return tl.where(y < -limit, -limit, y)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ Weight gradients go in two stages, both in a fixed order: partial sums (programs
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,19 @@ WIDEST = 8192  # columns of a row that is kept in registers
 
 
 @triton.jit
+def clamped(y, limit):
+    """NaN passes through, as in torch.clamp."""
+    y = tl.where(y > limit, limit, y)
+    return tl.where(y < -limit, -limit, y)
+
+
+@triton.jit
+def by_time(i, tiles, sequences):
+    """The tile that comes i-th when all sequences are walked together, time step by time step."""
+    return (i % sequences) * (tiles // sequences) + i // sequences
+
+
+@triton.jit
 def row_statistics(x, m_d, D, eps, EVEN: tl.constexpr):
     """x (BR, BD) float32 -> centred x, zero where masked, mean (BR), rstd (BR). EVEN: no column is masked."""
     mean = tl.sum(x, axis=1) * (1.0 / D)
@@ -33,14 +47,17 @@ def row_statistics(x, m_d, D, eps, EVEN: tl.constexpr):
     return centred, mean, tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / D) + eps)
 
 
-@kernel(do_not_specialize=("rows",))
+@kernel(do_not_specialize=("rows", "sequences"))
 def _forward_narrow(
-    p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, rows, D, s_x, s_residual, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
+    p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, rows, D, s_x, s_residual, sequences, eps, clamp,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CLAMP: tl.constexpr,
+    LATEST_FIRST: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR).to(tl.int64)
+    i_r = tl.program_id(0)
+    if LATEST_FIRST:
+        i_r = by_time(tl.num_programs(0) - 1 - i_r, tl.num_programs(0), sequences)
+    o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
     m_d, m_r = o_d < D, o_r < rows
     mask = m_r[:, None] if EVEN else m_r[:, None] & m_d[None, :]
     x = tl.load(p_x + o_r[:, None] * s_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -56,6 +73,8 @@ def _forward_narrow(
         y *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    if HAS_CLAMP:
+        y = clamped(y, clamp)
     tl.store(p_y + p_row, y.to(p_y.dtype.element_ty), mask=mask)
     tl.store(p_mean + o_r, mean, mask=m_r)
     tl.store(p_rstd + o_r, rstd, mask=m_r)
@@ -246,6 +265,21 @@ def layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """newllm::layer_norm"""
+    return normalise_rows(x, residual, weight, bias, eps, math.inf)
+
+
+def normalise_rows(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    clamp: float,
+    latest_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, sum, mean, rstd), y within +-clamp; infinity for none, which rows of more than WIDEST columns must have.
+    `latest_first`: x (B, T, D) was just written in order of time, and its end is still in the second-level cache."""
+    sequences = x.shape[0] if latest_first else 1
     D = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
@@ -262,9 +296,22 @@ def layer_norm(
     if D > WIDEST:
         _forward_wide[(rows,)](*tensors, D, *strides, eps, **has, BD=4096, num_warps=8)
     else:
-        tile = row_tile(D, 2048, 32)
+        tile = row_tile(D, 2048, 16 if D > 2048 else 32)
         _forward_narrow[(tile.programs(rows, x.device),)](
-            *tensors, rows, D, *strides, eps, **has, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, num_warps=tile.warps
+            *tensors,
+            rows,
+            D,
+            *strides,
+            sequences,
+            eps,
+            clamp,
+            **has,
+            HAS_CLAMP=clamp != math.inf,
+            LATEST_FIRST=sequences > 1 and rows // sequences % tile.BR == 0,
+            EVEN=tile.BD == D,
+            BR=tile.BR,
+            BD=tile.BD,
+            num_warps=tile.warps,
         )
     return y, total, mean, rstd
 

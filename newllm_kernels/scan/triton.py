@@ -11,6 +11,9 @@ All are made of the tiles of triton_tiles.py, which also explains the names.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,12 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from newllm_kernels import tuning
 from newllm_kernels.scan.triton_look_back import GROUP, backward_look_back, forward_look_back
 from newllm_kernels.scan.triton_tiles import (
     backward_tile,
     carry_through,
     forward_tile,
     last_group,
+    norm_gradient,
     rows_left,
     scan_groups,
     scan_groups_exclusive,
@@ -80,13 +85,16 @@ def _forward_stream(
 
 @kernel(do_not_specialize=("T", "chunks", "chunk_steps"))
 def _backward_stream(
-    p_gh, p_glast, p_a, p_b, p_c, p_h, p_h0, p_ga, p_gb, p_gc, p_gh0, p_cu, T, D, s_ghb, s_ght, s_ab, s_at, s_bb,
-    s_bt, s_cb, s_ct, s_hb, s_ht, s_gt, d_blocks, chunks, chunk_steps, GATED: tl.constexpr, REVERSE: tl.constexpr,
+    p_gh, p_glast, p_a, p_b, p_c, p_h, p_h0, p_ga, p_gb, p_gc, p_gh0, p_cu, p_gy, p_mean, p_rstd, p_mean_g, p_mean_gx,
+    p_weight, p_bias, T, D, s_ghb, s_ght, s_ab, s_at, s_bb, s_bt, s_cb, s_ct, s_hb, s_ht, s_gt, d_blocks, chunks,
+    chunk_steps, clamp, NORMED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CLAMP: tl.constexpr, GATED: tl.constexpr, REVERSE: tl.constexpr,
     EXACT: tl.constexpr, EVEN: tl.constexpr, HAS_GH: tl.constexpr, HAS_GLAST: tl.constexpr, HAS_H0: tl.constexpr,
     HAS_CU: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """p_glast holds the gradient of the state after the sequence, or after each chunk, counted from the end."""
+    """p_glast holds the gradient of the state after the sequence, or after each chunk, counted from the end. NORMED: to
+    grad_h comes what LayerNorm of h hands back, from grad_y and two sums a row (gated_scan_layer_norm/triton.py)."""
     i_p = (tl.program_id(0) // d_blocks).to(tl.int64)
     o_d = (tl.program_id(0) % d_blocks) * BD + tl.arange(0, BD)
     m_d = o_d < D
@@ -96,6 +104,11 @@ def _backward_stream(
     p_gh, p_h = p_gh + i_b * s_ghb, p_h + i_b * s_hb
     p_a, p_b, p_c = p_a + i_b * s_ab, p_b + i_b * s_bb, p_c + i_b * s_cb
     p_ga, p_gb, p_gc = p_ga + i_b * T * s_gt, p_gb + i_b * T * s_gt, p_gc + i_b * T * s_gt
+    weight, bias = tl.full([1, 1, BD], 1.0, tl.float32), tl.zeros([1, 1, BD], tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, None, :]
+    if HAS_BIAS:
+        bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, None, :]
     rows = tile_rows(R, G)
     o_t = tile_times(rows, not REVERSE, WIDE)
     for start in tl.range(0, steps, R * G, num_stages=STAGES):
@@ -105,6 +118,11 @@ def _backward_stream(
         b_a, b_slope, b_g = backward_tile(
             p_gh, p_a, s_ght, s_at, t, o_t, m_t, o_d, m_d, GATED, HAS_GH, EXACT, EVEN, R, G, BD
         )
+        if NORMED:
+            b_g += norm_gradient(
+                p_gy + i_b * T * D, p_h, p_mean + i_b * T, p_rstd + i_b * T, p_mean_g + i_b * T, p_mean_gx + i_b * T,
+                D, s_ht, t, o_t, m_t, o_d, m_d, weight, bias, clamp, HAS_CLAMP, EVEN, R, G, BD,
+            )  # fmt: skip
         x_a, x_v, g_a, g_v = scan_groups_exclusive(b_a, b_a * b_g, R)
         before, state = carry_through(g_a, g_v, state, G)
         b_g += x_v + x_a * before
@@ -227,6 +245,20 @@ def _chunk_starts(
 # ---- host side ---------------------------------------------------------------------------------------------------------
 
 
+class NormGradient(NamedTuple):
+    """What the backward of LayerNorm on the states needs: grad_y (B, T, D) contiguous; of every row the mean and 1/std of
+    the states, and of g = grad_y * weight mean(g) and mean(g xhat); weight and bias (D,); the clamp of y."""
+
+    grad_y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    mean_g: Tensor
+    mean_gx: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    clamp: float
+
+
 class Plan(NamedTuple):
     """How a recurrence is cut: G follows from the rest (triton_tiles.py)."""
 
@@ -256,6 +288,7 @@ _STREAM = {
     ("scan", "backward"): ((4, 32, 4, 2), (4, 64, 4, 3)),
     ("gated_scan", "forward"): ((4, 32, 2, 3), (8, 64, 8, 3)),
     ("gated_scan", "backward"): ((2, 32, 2, 3), (4, 64, 4, 3)),
+    ("gated_scan_layer_norm", "backward"): ((2, 32, 2, 3), (4, 64, 8, 3)),
 }
 # For 16 bits where blocks of 64 columns would be too few for the GPU.
 _NARROW_STREAM = {
@@ -263,9 +296,11 @@ _NARROW_STREAM = {
     ("scan", "backward"): (4, 32, 2, 3),
     ("gated_scan", "forward"): (8, 32, 4, 2),
     ("gated_scan", "backward"): (4, 32, 4, 2),
+    ("gated_scan_layer_norm", "backward"): (4, 32, 8, 3),
 }
-_LOOK_BACK = ((8, 32, 4, 1), (8, 32, 4, 1))
-MOST_CHUNKS = 64
+_LOOK_BACK = {"forward": ((8, 32, 4, 1), (8, 32, 4, 1)), "backward": ((4, 32, 4, 1), (4, 32, 4, 1))}
+_CHUNKS = ((8, 32, 2, 3), (8, 32, 4, 3))
+MOST_CHUNKS = 256
 
 
 def plan(x: Tensor, N: int, T: int, D: int, packed_sequences: bool, operation: str, direction: str) -> Plan:
@@ -278,8 +313,38 @@ def plan(x: Tensor, N: int, T: int, D: int, packed_sequences: bool, operation: s
         tile = _tile(x, D, *tile)
     if packed_sequences or 4 * tile[0] * tile[1] >= T or 3 * N * cdiv(D, tile[2]) >= 2 * present:
         return Plan("stream", *tile, stages, 1)
-    *tile, stages = _LOOK_BACK[sixteen_bits]
+    if (
+        N * cdiv(D, 32) < 8
+    ):  # a look-back hands on one state a group of chunks, which takes longer than so few columns do
+        *tile, stages = _CHUNKS[sixteen_bits]
+        tile = _tile(x, D, *tile)
+        return Plan("chunks", *tile, stages, 2 * present // (N * cdiv(D, tile[2])))
+    *tile, stages = _LOOK_BACK[direction][sixteen_bits]
     return Plan("look-back", *_tile(x, D, *tile), stages, 1)
+
+
+# (R, BD, warps, stages) that take turns with the plan where configurations are tried (tuning.py): few registers and many,
+# one warp a program and several, which is what the sweeps on the H100 turned on.
+_ALTERNATIVES = ((4, 32, 1, 3), (4, 32, 2, 3), (8, 32, 2, 2), (2, 64, 4, 3), (4, 64, 4, 3))
+
+
+def _chosen(
+    x: Tensor,
+    N: int,
+    T: int,
+    D: int,
+    packed_sequences: bool,
+    operation: str,
+    direction: str,
+    run: Callable[[Plan], None],
+) -> Plan:
+    """The plan, or what was found faster on this GPU for such a dtype, so many columns and so long sequences."""
+    first = plan(x, N, T, D, packed_sequences, operation, direction)
+    if not tuning.tries(x.device):
+        return first
+    others = [Plan(first.way, *_tile(x, D, *tile), stages, first.chunks) for *tile, stages in _ALTERNATIVES]
+    kind = (operation, direction, str(x.dtype), power_of_two(N * D), power_of_two(max(T, 1)), packed_sequences)
+    return tuning.fastest(kind, [first, *others], run, x.device)
 
 
 def _workspace(x: Tensor, N: int, D: int, chunks: int) -> tuple[Tensor, Tensor]:
@@ -310,12 +375,21 @@ def _chunks(p: Plan, x: Tensor, N: int, T: int, D: int) -> tuple[int, int, bool]
     return cdiv(T, chunk_steps), chunk_steps, even
 
 
-def _starts(pairs: Tensor, state: Tensor | None, programs: int, d_blocks: int, BD: int) -> Tensor:
+def _starts(pairs: Tensor, state: Tensor | None, programs: int, d_blocks: int, p: Plan) -> Tensor:
     """The state before every chunk, (N, chunks, D)."""
     N, chunks, _, D = pairs.shape
     starts = torch.empty((N, chunks, D), dtype=torch.float32, device=pairs.device)
     _chunk_starts[(programs,)](
-        pairs, state, starts, D, d_blocks, chunks, HAS_STATE=state is not None, BC=MOST_CHUNKS, BD=BD, num_warps=4
+        pairs,
+        state,
+        starts,
+        D,
+        d_blocks,
+        chunks,
+        HAS_STATE=state is not None,
+        BC=power_of_two(min(MOST_CHUNKS, max(16, p.chunks))),
+        BD=p.BD,
+        num_warps=4,
     )
     return starts
 
@@ -331,7 +405,13 @@ def run_forward(
     if N == 0:
         return h, h_last
     h0 = None if h0 is None else h0.contiguous()
-    p = plan(a, N, T, D, cu_seqlens is not None, operation, "forward")
+    run = functools.partial(_launch_forward, a, b, c, h0, h, h_last, reverse, cu_seqlens, operation)
+    run(_chosen(a, N, T, D, cu_seqlens is not None, operation, "forward", run))
+    return h, h_last
+
+
+def _launch_forward(a, b, c, h0, h, h_last, reverse, cu_seqlens, operation, p: Plan) -> None:
+    (_, T, D), N = a.shape, h_last.shape[0]
     chunks, chunk_steps, even = _chunks(p, a, N, T, D)
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0), c.stride(1))
     d_blocks = cdiv(D, p.BD)
@@ -348,18 +428,17 @@ def run_forward(
             a, b, c, h0, h, h_last, ticket, words, T, D, *strides, d_blocks, chunks, programs,
             HAS_H0=has_h0, **fixed,
         )  # fmt: skip
-        return h, h_last
+        return
     if p.way == "chunks":
         pairs = torch.empty((N, chunks, 2, D), dtype=torch.float32, device=a.device)
         _forward_pairs[(programs * chunks,)](
             a, b, c, pairs, T, D, *strides, d_blocks, chunks, chunk_steps, STAGES=p.stages, **fixed
         )
-        h0, has_h0 = _starts(pairs, h0, programs, d_blocks, p.BD), True
+        h0, has_h0 = _starts(pairs, h0, programs, d_blocks, p), True
     _forward_stream[(programs * chunks,)](
         a, b, c, h0, h, h_last, cu_seqlens, T, D, *strides, d_blocks, chunks, chunk_steps, HAS_H0=has_h0,
         HAS_CU=cu_seqlens is not None, CHUNKED=p.way == "chunks", STAGES=p.stages, **fixed,
     )  # fmt: skip
-    return h, h_last
 
 
 def run_backward(
@@ -374,8 +453,10 @@ def run_backward(
     cu_seqlens: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     operation: str,
+    norm: NormGradient | None = None,
 ) -> Tensor:
-    """Fills `grads` (of a, b, and gated of c; rows of one stride) and returns grad_h0 (N, D)."""
+    """Fills `grads` (of a, b, and gated of c; rows of one stride) and returns grad_h0 (N, D). `norm`: only where the plan is
+    a stream."""
     B, T, D = h.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grad_h0 = torch.empty((N, D), dtype=torch.float32, device=h.device)
@@ -385,7 +466,18 @@ def run_backward(
         grad_h = grad_h.contiguous()
     h = h if h.stride(2) == 1 else h.contiguous()
     h0, grad_last = (None if x is None else x.contiguous() for x in (h0, grad_last))
-    p = plan(a, N, T, D, cu_seqlens is not None, operation, "backward")
+    run = functools.partial(
+        _launch_backward, grad_h, grad_last, a, b, c, h, h0, reverse, cu_seqlens, grads, grad_h0, operation, norm
+    )
+    kind = operation if norm is None else "gated_scan_layer_norm"
+    run(_chosen(a, N, T, D, cu_seqlens is not None, kind, "backward", run))
+    return grad_h0
+
+
+def _launch_backward(
+    grad_h, grad_last, a, b, c, h, h0, reverse, cu_seqlens, grads, grad_h0, operation, norm, p: Plan
+) -> None:
+    (_, T, D), N = h.shape, grad_h0.shape[0]
     chunks, chunk_steps, even = _chunks(p, a, N, T, D)
     of_gh = (0, 0) if grad_h is None else (grad_h.stride(0), grad_h.stride(1))
     of_a = (a.stride(0), a.stride(1))
@@ -407,19 +499,20 @@ def run_backward(
             grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0, ticket, words, T, D, *strides, d_blocks,
             chunks, programs, HAS_GLAST=has_last, HAS_H0=has_h0, **fixed,
         )  # fmt: skip
-        return grad_h0
+        return
     if p.way == "chunks":
         pairs = torch.empty((N, chunks, 2, D), dtype=torch.float32, device=a.device)
         _backward_pairs[(programs * chunks,)](
             grad_h, a, pairs, T, D, *of_gh, *of_a, d_blocks, chunks, chunk_steps, STAGES=p.stages, **fixed
         )
-        grad_last, has_last = _starts(pairs, grad_last, programs, d_blocks, p.BD), True
+        grad_last, has_last = _starts(pairs, grad_last, programs, d_blocks, p), True
+    *of_norm, clamp = (None,) * 7 + (math.inf,) if norm is None else norm
     _backward_stream[(programs * chunks,)](
-        grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0, cu_seqlens, T, D, *strides, d_blocks, chunks,
-        chunk_steps, HAS_GLAST=has_last, HAS_H0=has_h0, HAS_CU=cu_seqlens is not None,
+        grad_h, grad_last, a, b, c, h, h0, *grads, grad_h0, cu_seqlens, *of_norm, T, D, *strides, d_blocks, chunks,
+        chunk_steps, clamp, NORMED=norm is not None, HAS_WEIGHT=of_norm[5] is not None,
+        HAS_BIAS=of_norm[6] is not None, HAS_CLAMP=clamp != math.inf, HAS_GLAST=has_last, HAS_H0=has_h0, HAS_CU=cu_seqlens is not None,
         CHUNKED=p.way == "chunks", STAGES=p.stages, **fixed,
     )  # fmt: skip
-    return grad_h0
 
 
 def _wide(p: Plan, D: int, strides: tuple[int, ...]) -> bool:

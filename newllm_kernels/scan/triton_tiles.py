@@ -19,14 +19,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import os
+
+EVICT = tl.constexpr(os.environ.get("EVICT", "evict_first"))
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 
 
 @triton.jit
-def load(p, stride, t, o_t, m_t, o_d, m_d, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+def load(
+    p, stride, t, o_t, m_t, o_d, m_d, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr = EVICT,
+):  # fmt: skip
     """The rows at times t + o_t in float32, as (R, G, BD); EVEN where all of them lie inside the tensor."""
     p_rows = p + t * stride + (o_t[:, None] * stride + o_d[None, :])
-    tile = tl.load(p_rows) if EVEN else tl.load(p_rows, mask=m_t[:, None] & m_d[None, :], other=0.0)
+    mask = m_t[:, None] & m_d[None, :]
+    if EVEN:
+        tile = tl.load(p_rows, eviction_policy=KEEP)
+    else:
+        tile = tl.load(p_rows, mask=mask, other=0.0, eviction_policy=KEEP)
     return tl.reshape(tile, (R, G, BD)).to(tl.float32)
 
 
@@ -185,12 +195,34 @@ def backward_tile(
 
 
 @triton.jit
+def _of_rows(p, t, o_t, m_t, R: tl.constexpr, G: tl.constexpr):
+    """One number a row as (R, G, 1)."""
+    return tl.reshape(tl.load(p + t + o_t, mask=m_t, other=0.0), (R, G))[:, :, None]
+
+
+@triton.jit
+def norm_gradient(
+    p_gy, p_h, p_mean, p_rstd, p_mean_g, p_mean_gx, D, s_ht, t, o_t, m_t, o_d, m_d, weight, bias, clamp,
+    HAS_CLAMP: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What y = clamp(xhat * weight + bias) hands back to h: (g - mean(g) - xhat * mean(g * xhat)) / std, g = grad_y * weight."""
+    g = load(p_gy, D, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
+    h = load(p_h, s_ht, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD, "")
+    rstd = _of_rows(p_rstd, t, o_t, m_t, R, G)
+    xhat = (h - _of_rows(p_mean, t, o_t, m_t, R, G)) * rstd
+    if HAS_CLAMP:
+        y = xhat * weight + bias
+        g = tl.where((y > clamp) | (y < -clamp), 0.0, g)
+    return (g * weight - _of_rows(p_mean_g, t, o_t, m_t, R, G) - xhat * _of_rows(p_mean_gx, t, o_t, m_t, R, G)) * rstd
+
+
+@triton.jit
 def states_before(
     p_h, s_ht, t_before, o_t, rows, left, o_d, m_d, start_state, HAS_H0: tl.constexpr, R: tl.constexpr,
     G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """h_{s-1}; before the first step, which is `left` - 1 rows away, the start state."""
-    b_h = load(p_h, s_ht, t_before, o_t, rows < left - 1, o_d, m_d, False, R, G, BD)
+    b_h = load(p_h, s_ht, t_before, o_t, rows < left - 1, o_d, m_d, False, R, G, BD, "")
     if HAS_H0:
         b_h = tl.where(inside(rows == left - 1, R, G), start_state, b_h)
     return b_h

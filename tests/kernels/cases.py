@@ -20,6 +20,7 @@ import newllm_kernels as nk
 from newllm_kernels.context_scan.reference import context_scan as context_scan_reference
 from newllm_kernels.context_update.reference import context_update as context_update_reference
 from newllm_kernels.gated_scan.reference import gated_scan as gated_scan_reference
+from newllm_kernels.gated_scan_layer_norm.reference import gated_scan_layer_norm as gated_scan_layer_norm_reference
 from newllm_kernels.layer_norm.reference import layer_norm as layer_norm_reference
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.scan.reference import scan as scan_reference
@@ -41,8 +42,10 @@ GRADIENT_TOLERANCE = {dtype: 2 * tolerance for dtype, tolerance in TOLERANCE.ite
 SUM_FACTOR = 10
 
 # These work from a value rounded to the tensors' dtype where everything else stays in float32: the saved contexts that the
-# backward of context_scan starts each step from, the stored sum that add_layer_norm normalises.
-THROUGH_ROUNDED = ("context_scan", "context_scan_packed", "add_layer_norm")
+# backward of context_scan starts each step from, the stored tensors that add_layer_norm and gated_scan_layer_norm normalise.
+THROUGH_ROUNDED = (
+    "context_scan", "context_scan_packed", "add_layer_norm", "gated_scan_layer_norm", "gated_scan_layer_norm_packed",
+)  # fmt: skip
 
 
 # ---- truth ---------------------------------------------------------------------------------------------------------
@@ -67,6 +70,19 @@ def true_gated_scan(f, i, d, c0=None, *, cu_seqlens=None):
     if cu_seqlens is not None:
         return _per_sequence(true_gated_scan, (f, i, d), c0, cu_seqlens)
     return gated_scan_reference(f, i, d, c0, None)
+
+
+def true_gated_scan_layer_norm(f, i, d, c0=None, weight=None, bias=None, eps=1e-5, clamp=None, *, cu_seqlens=None):
+    if cu_seqlens is not None:
+
+        def one(f, i, d, c0):
+            y, c, last = true_gated_scan_layer_norm(f, i, d, c0, weight, bias, eps, clamp)
+            return torch.stack((y, c), dim=-1), last
+
+        both, last = _per_sequence(one, (f, i, d), c0, cu_seqlens)
+        return *both.unbind(-1), last
+    clamp = math.inf if clamp is None else clamp
+    return gated_scan_layer_norm_reference(f, i, d, c0, None, weight, bias, eps, clamp)[:3]
 
 
 def true_context_update(f, i, d, c, weight=None, bias=None, eps=1e-5, clamp=10.0):
@@ -94,6 +110,8 @@ TRUTH = {
     "scan": true_scan,
     "gated_scan": true_gated_scan,
     "gated_scan_packed": _packed(true_gated_scan),
+    "gated_scan_layer_norm": true_gated_scan_layer_norm,
+    "gated_scan_layer_norm_packed": _packed(true_gated_scan_layer_norm),
     "context_update": true_context_update,
     "context_update_packed": _packed(true_context_update),
     "context_scan": true_context_scan,
@@ -149,13 +167,15 @@ def make(
         tensors["b"] = randn(B, T, D, dtype=dtype)
     elif function.endswith("_packed"):
         tensors["gates"] = randn(B, T, 3 * D, dtype=dtype, scale=2)  # some gates saturate
-    elif base in ("gated_scan", "context_update", "context_scan"):
+    elif base in ("gated_scan", "gated_scan_layer_norm", "context_update", "context_scan"):
         tensors |= {name: randn(B, T, D, dtype=dtype, scale=2) for name in "fid"}
     else:
         tensors["x"] = randn(B, T, D, dtype=dtype)
         if base == "add_layer_norm":
             tensors["residual"] = randn(B, T, D, dtype=dtype)
-    state_name = {"scan": "h0", "gated_scan": "c0", "context_scan": "c0", "context_update": "c"}.get(base)
+    state_name = {
+        "scan": "h0", "gated_scan": "c0", "gated_scan_layer_norm": "c0", "context_scan": "c0", "context_update": "c",
+    }.get(base)  # fmt: skip
     if state_name and state:
         cu_seqlens = options.get("cu_seqlens")
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -179,6 +199,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gated_scan": {"state": None},
     "gated_scan-c0": {},
     "gated_scan_packed-cu_seqlens": {"cu_seqlens": BOUNDS},
+    "gated_scan_layer_norm": {},
+    "gated_scan_layer_norm-plain": {"affine": False, "state": None},
+    "gated_scan_layer_norm_packed-cu_seqlens": {"cu_seqlens": BOUNDS},
     "context_update": {"clamp": 1.0},
     "context_update-plain": {"affine": False, "clamp": None},
     "context_update_packed": {},
@@ -243,8 +266,8 @@ def normalises(problem: Problem) -> bool:
 def laid_out(problem: Problem, layout: str) -> Problem:
     """With every tensor in the layout, as far as it leaves the problem well conditioned."""
     kept = VARIES_ALONG_ROWS if layout == "expanded_last" and normalises(problem) else ()
-    if kept and problem.function == "context_scan_packed":
-        kept = (*kept, "gates")  # constant gates never turn the context, and its gradient cancels
+    if kept and problem.function in ("context_scan_packed", "gated_scan_layer_norm_packed"):
+        kept = (*kept, "gates")  # constant gates never turn the context: its gradient, or all of it, cancels
     return problem.map(lambda name, x: x if name in kept else LAYOUTS[layout](x))
 
 

@@ -14,11 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 FLOAT32 = {
-    "p_h0", "p_last", "p_glast", "p_gh0", "p_pair", "p_state0", "p_start", "p_weight", "p_bias", "p_mean", "p_rstd", "p_gweight",
-    "p_gbias", "p_out_weight", "p_out_bias", "p_c0", "p_gc0",
+    "p_h0", "p_last", "p_glast", "p_gh0", "p_pair", "p_state0", "p_start", "p_weight", "p_bias", "p_mean", "p_rstd", "p_mean_g", "p_mean_gx", "p_gweight",
+    "p_gbias", "p_out_weight", "p_out_bias", "p_c0", "p_gc0", "p_ends", "p_change",
 }  # fmt: skip
 POINTERS = {"p_ticket": "*i32", "p_words": "*i32", "p_cu": "*i64"}
-SCALARS = {"eps": "fp32", "clamp": "fp32", "below": "fp32", "edge": "fp32"}
+SCALARS = {"eps": "fp32", "clamp": "fp32", "below": "fp32", "edge": "fp32", "tolerance": "fp32"}
 
 RECURRENCE = {
     "GATED": True, "REVERSE": False, "EXACT": False, "EVEN": False, "WIDE": False, "R": 4, "G": 32, "BD": 32,
@@ -26,19 +26,30 @@ RECURRENCE = {
 PIECES = {"HAS_H0": True, "HAS_CU": False, "CHUNKED": True, "STAGES": 3}
 GRADIENTS = {"HAS_GH": True, "HAS_GLAST": True}
 AFFINE = {"HAS_WEIGHT": True, "HAS_BIAS": True}
+PASSES = AFFINE | {"PASSES": 4, "BC": 64, "MARK": True, "EXACT": False, "BD": 1024}
+NORMED = AFFINE | {"NORMED": True, "HAS_CLAMP": True}
 KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("scan.triton", "_forward_stream", RECURRENCE | PIECES),
-    ("scan.triton", "_backward_stream", RECURRENCE | PIECES | GRADIENTS | {"HAS_CU": True, "CHUNKED": False}),
+    ("scan.triton", "_backward_stream", RECURRENCE | PIECES | GRADIENTS | NORMED | {"HAS_CU": True, "CHUNKED": False}),
     ("scan.triton", "_forward_pairs", RECURRENCE | {"STAGES": 3}),
     ("scan.triton", "_backward_pairs", RECURRENCE | {"HAS_GH": True, "STAGES": 3}),
     ("scan.triton", "_chunk_starts", {"HAS_STATE": True, "BC": 64, "BD": 32}),
     ("scan.triton_look_back", "forward_look_back", RECURRENCE | {"HAS_H0": True}),
     ("scan.triton_look_back", "backward_look_back", RECURRENCE | GRADIENTS | {"HAS_H0": True}),
-    ("layer_norm.triton", "_forward_narrow", AFFINE | {"HAS_RESIDUAL": True, "EVEN": False, "BR": 4, "BD": 1024}),
+    (
+        "layer_norm.triton",
+        "_forward_narrow",
+        AFFINE | {"HAS_RESIDUAL": True, "HAS_CLAMP": True, "LATEST_FIRST": True, "EVEN": False, "BR": 4, "BD": 1024},
+    ),
     (
         "layer_norm.triton",
         "_backward_narrow",
         {"HAS_GY": True, "HAS_GSUM": True, "HAS_WEIGHT": True, "EVEN": False, "BR": 2, "BD": 1024, "STAGES": 3},
+    ),
+    (
+        "gated_scan_layer_norm.triton",
+        "_row_sums",
+        AFFINE | {"HAS_CLAMP": True, "EVEN": False, "BR": 2, "BD": 1024, "STAGES": 3},
     ),
     ("layer_norm.triton", "_forward_wide", AFFINE | {"HAS_RESIDUAL": True, "BD": 4096}),
     ("layer_norm.triton", "_backward_wide", {"HAS_GSUM": True, "HAS_WEIGHT": True, "BD": 4096}),
@@ -46,11 +57,10 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("layer_norm.triton", "_reduce", {"BP": 64, "BD": 32}),
     ("context_update.triton", "_forward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 2, "BD": 1024}),
     ("context_update.triton", "_backward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 1, "BD": 1024, "STAGES": 1}),
-    ("context_scan.triton", "_forward", AFFINE | {"MARK": True, "EXACT": False, "BD": 1024, "STAGES": 4}),
-    (
-        "context_scan.triton",
-        "_backward",
-        AFFINE | {"HAS_GC": True, "HAS_GLAST": True, "MARK": True, "EXACT": False, "BD": 1024, "STAGES": 3},
+    *(("context_scan.triton", "_forward", PASSES | {"MODE": mode, "STAGES": 4}) for mode in range(4)),
+    *(
+        ("context_scan.triton", "_backward", PASSES | {"HAS_GC": True, "HAS_GLAST": True, "MODE": mode, "STAGES": 3})
+        for mode in range(4)
     ),
 ]
 

@@ -21,7 +21,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SEQUENCES = ("scan", "gated_scan", "gated_scan_packed", "context_scan", "context_scan_packed")
+SEQUENCES = (
+    "scan", "gated_scan", "gated_scan_packed", "gated_scan_layer_norm", "gated_scan_layer_norm_packed", "context_scan",
+    "context_scan_packed",
+)  # fmt: skip
 ROWS = ("context_update", "context_update_packed", "layer_norm", "add_layer_norm")
 
 # (B, T, D). Interpreted: 70 steps are one tile and the start of another, 300 of one sequence make chunks that look back,
@@ -90,12 +93,14 @@ def test_a_row_of_one_is_its_bias(function):
     assert (own - through_the_sum).abs().max() < 1e-4  # what rounding leaves of a weight's size, over sqrt(eps)
 
 
-@pytest.mark.parametrize("function", ["context_scan", "layer_norm", "add_layer_norm", "context_update"])
+@pytest.mark.parametrize(
+    "function", ["context_scan", "layer_norm", "add_layer_norm", "context_update", "gated_scan_layer_norm"]
+)
 def test_wide_rows(function):
     """Past 8192 columns LayerNorm walks a row in blocks; the cell refuses and says so."""
     D = 9001 if GPU else 8200
     problem = place(make(function, 1, 3, D))
-    if function in ("context_scan", "context_update"):
+    if function in ("context_scan", "context_update", "gated_scan_layer_norm"):
         with pytest.raises(nk.BackendError, match="D up to 8192"):
             problem.run()
     else:
@@ -107,12 +112,41 @@ def test_without_a_start_state(function):
     check(place(make(function, 2, 10, 9, state=None)))
 
 
+@pytest.mark.parametrize("way", ["stream", "chunks", "look-back"])
+@pytest.mark.parametrize(("function", "options"), [("scan", {}), ("scan", {"reverse": True}), ("gated_scan", {})])
+def test_every_way_through_time(function, options, way, monkeypatch):
+    """Whatever the plan would be. Look-back: more than one group of chunks."""
+    from newllm_kernels.scan import triton
+
+    plan = triton.plan
+    small = {} if GPU else {"R": 2, "G": 8}
+    monkeypatch.setattr(triton, "plan", lambda *args: plan(*args)._replace(way=way, chunks=3, **small))
+    check(place(make(function, 2, 5000 if GPU else 330, 9, **options)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory", [0.0, 6.0], ids=["short memory", "long memory"])
+def test_passes_over_chunks_of_time(memory, dtype, monkeypatch):
+    """Short memory: the second pass finds all seams closed. Long: what the passes leave open is computed in order of time."""
+    from newllm_kernels.context_scan import triton
+
+    T, chunks = (900, 30) if GPU else (36, 9)
+    monkeypatch.setattr(triton, "plan", lambda *args: triton.Plan(chunks, T // chunks, 4 if GPU else 1, 2))
+    problem = make("context_scan", 2, T - 1, 33 if GPU else 9, dtype)
+    problem.tensors["f"] += memory
+    problem = place(problem)
+    for name, (error, _) in cases.errors(
+        problem
+    ).items():  # the last state too is only as exact as the seams are closed
+        assert error <= cases.tolerance(problem, "grad" if name.startswith("grad") else name, dtype), (name, error)
+
+
 @pytest.mark.parametrize("T", [40, 300])
 def test_reverse(T):
     check(place(make("scan", 1, T, 5, reverse=True)))
 
 
-@pytest.mark.parametrize("function", ["scan", "gated_scan", "gated_scan_packed"])
+@pytest.mark.parametrize("function", ["scan", "gated_scan", "gated_scan_packed", "gated_scan_layer_norm"])
 def test_packed_sequences(function):
     """Empty sequences, sequences of one step, and one longer than a tile."""
     check(place(make(function, 1, 150, 9, cu_seqlens=torch.tensor([0, 0, 1, 130, 130, 150], device=DEVICE))))
@@ -179,7 +213,7 @@ def test_a_new_length_compiles_nothing(function):
     def compiled():
         return sum(
             len(kernel.compiled)
-            for module in ("scan", "context_scan", "context_update", "layer_norm")
+            for module in ("scan", "context_scan", "context_update", "gated_scan_layer_norm", "layer_norm")
             for kernel in vars(import_module(f"newllm_kernels.{module}.triton")).values()
             if isinstance(kernel, Kernel)
         )
@@ -189,10 +223,10 @@ def test_a_new_length_compiles_nothing(function):
         grads = [torch.randn_like(x) for x in problem.run()]
         differentiate(problem.run, problem.tensors, grads)
 
-    run(300)
-    run(256)
+    for T in (30, 64, 2001, 2048):  # short and long, divisible by a tile and not
+        run(T)
     before = compiled()
-    for T in (301, 512, 333, 1024, 777):
+    for T in (31, 128, 2333, 4096, 3001, 2560):
         run(T)
     assert compiled() == before
 

@@ -1,0 +1,188 @@
+"""Training speed on the device at hand: `python benchmarks/train_speed.py [--preset 40m] [--results FILE]`.
+
+Times steps of the Trainer that `newllm train` runs (data, autocast, loss, backward, clipping, AdamW) on random tokens:
+
+    newllm                 the preset, coupling "none", on the kernels that `auto` takes
+    transformer            the baseline with as many parameters, as `newllm compare` builds it
+    newllm, reference      the same model on the reference backend: plain PyTorch, a Python loop over time
+
+each without and with torch.compile, medians over the steps after a warm-up. Both runs of newllm are profiled as well.
+`python benchmarks/report.py FILE` prints a results file again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import report
+import torch
+import torch._dynamo
+from torch.profiler import ProfilerActivity, profile
+
+from newllm.config import PRESETS, ModelConfig, preset, transformer_like
+from newllm.errors import UserError, arguments_are_the_users, one_line
+from newllm.run import Run
+from newllm.training import TRAINING_PRESETS, Trainer, TrainingConfig, choose_device
+from newllm_kernels import use_backend
+
+# The first step starts without a context, the second with one: torch.compile compiles both, and a third replays.
+WARM_UP = 3
+PROFILED, SHOWN = 3, 15  # steps; operations of the table
+REFERENCE_STEPS = 3  # a Python loop over time is slow, and its spread small beside what it is compared with
+
+
+def configurations(model: ModelConfig, length: int) -> list[tuple[str, ModelConfig, str]]:
+    """Name, model and backend of everything that is measured."""
+    baseline = transformer_like(model)
+    baseline = dataclasses.replace(baseline, max_seq_len=min(length, baseline.max_seq_len))  # as the trainer does
+    return [("newllm", model, "auto"), ("transformer", baseline, "auto"), ("newllm", model, "reference")]
+
+
+def make_trainer(model: ModelConfig, config: TrainingConfig, steps: int) -> Trainer:
+    """A trainer on random tokens, enough of them that no stream starts anew. It touches no run folder."""
+    tokens = config.batch_size * (steps * config.segment * config.grad_accum + 1)
+    draw = np.random.default_rng(0)
+    train, valid = (draw.integers(model.vocab_size, size=size, dtype=np.uint32) for size in (tokens, 2))
+    return Trainer(Run(Path("unused")), model, config, train, valid)
+
+
+def seconds_of_steps(trainer: Trainer, steps: int) -> list[float]:
+    """On a GPU by events between the steps: the host runs ahead as it does in training, and waits for nothing."""
+    if trainer.device.type != "cuda":
+        times = [time.perf_counter()]
+        for _ in range(steps):
+            trainer._train_step()
+            times.append(time.perf_counter())
+        return list(np.diff(times))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        trainer._train_step()
+        event.record()
+    torch.cuda.synchronize()
+    return [events[n].elapsed_time(events[n + 1]) / 1e3 for n in range(steps)]
+
+
+def measure(name: str, model: ModelConfig, backend: str, config: TrainingConfig, steps: int) -> dict[str, Any]:
+    run: dict[str, Any] = {"model": name, "backend": backend, "compiled": config.compile}
+    torch._dynamo.reset()
+    gc.collect()
+    profiled = PROFILED if backend == "auto" and name == "newllm" else 0
+    try:
+        with use_backend(backend):
+            trainer = make_trainer(model, config, WARM_UP + steps + profiled)
+            cuda = trainer.device.type == "cuda"
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(trainer.device)
+            seconds_of_steps(trainer, WARM_UP)
+            seconds = seconds_of_steps(trainer, steps)
+            median = statistics.median(seconds)
+            run |= {
+                "parameters": trainer.model.num_parameters(), "steps": steps, "median_ms": median * 1e3, "min_ms": min(seconds) * 1e3,
+                "max_ms": max(seconds) * 1e3, "tokens_per_s": config.tokens_per_step / median,
+                # Of a CPU only the whole process's peak is known, which earlier runs may have set.
+                "peak_bytes": torch.cuda.max_memory_allocated(trainer.device) if cuda else None,
+                "loss": (trainer._loss_sum / trainer._losses).item(),
+            }  # fmt: skip
+            if profiled:
+                run["profile"] = where_time_goes(lambda: seconds_of_steps(trainer, PROFILED), cuda)
+    except Exception as error:  # out of memory, a compiler that fails: the other configurations are still worth having
+        run["failure"] = f"{type(error).__name__}: {one_line(error)[:200]}"
+    return run
+
+
+def where_time_goes(steps: Callable[[], Any], cuda: bool) -> dict[str, Any]:
+    """The operations that take longest by self time: GPU kernels, or PyTorch operators on a CPU."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        steps()
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    times = [
+        (event.key, event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
+    ]
+    total = sum(us for _, us, _ in times)
+    top = sorted(times, key=lambda entry: -entry[1])[:SHOWN]
+    return {
+        "of": "GPU kernels" if cuda else "operators, self CPU time",
+        "total_us": total / PROFILED,
+        "top": [
+            {"name": name[:80], "us": us / PROFILED, "percent": 100 * us / max(total, 1e-9), "calls": round(count / PROFILED, 1)}
+            for name, us, count in top
+        ],
+    }  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train_speed: error: {one_line(message)}\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", default="40m", help=f"one of {', '.join(PRESETS)} (default: 40m)")
+    parser.add_argument("--batch", type=int, metavar="B", help="streams side by side (default: the preset's)")
+    parser.add_argument("--length", type=int, metavar="T", help="tokens of a stream per step (default: the preset's)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps of each (default: 20)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the runs with torch.compile")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the reference backend")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
+    return parser.parse_args(arguments)
+
+
+def settings(args: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
+    with arguments_are_the_users():
+        model = preset(args.preset)
+        if model.architecture != "newllm":
+            raise UserError(
+                f"--preset {args.preset}: the {model.architecture} architecture has no coupling to leave out"
+            )
+        model = dataclasses.replace(model, coupling="none", hops=1)
+        given = {"batch_size": args.batch, "segment": args.length, "steps": args.steps, "device": args.device}
+        given = {name: value for name, value in given.items() if value is not None}
+        return model, dataclasses.replace(TRAINING_PRESETS[args.preset], **given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        model, config = settings(args)
+        device = choose_device(config.device)
+        if args.results and not args.results.parent.is_dir():
+            raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
+        chosen = configurations(model, config.segment)
+    except ValueError as error:
+        print(f"train_speed: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    content: dict[str, Any] = {
+        **report.environment(), "preset": args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
+        "precision": "bfloat16 autocast" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32",
+    }  # fmt: skip
+    for name, of, backend in chosen:
+        if backend == "reference" and args.no_reference:
+            continue
+        steps = min(config.steps, REFERENCE_STEPS) if backend == "reference" else config.steps
+        for compiled in (False, True)[: 1 if args.no_compile else 2]:
+            print(f"{name}, {backend}{', compiled' if compiled else ''} ...", file=sys.stderr, flush=True)
+            content["runs"].append(measure(name, of, backend, dataclasses.replace(config, compile=compiled), steps))
+    print(report.training_table(content))
+    if args.results:
+        args.results.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if any("failure" in run for run in content["runs"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

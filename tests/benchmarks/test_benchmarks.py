@@ -1,0 +1,109 @@
+"""The benchmarks' own machinery: what they check, draw and print. No speed is asserted here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are files beside each other, not a package
+
+import harness
+import operations
+import peers
+import report
+import train_speed
+from operations import BF16, F32, SCALING, SEGMENT, Case
+
+BENCHMARKS = Path(report.__file__).parent
+LONG = Case("scan", (1, 40 * SEGMENT, 35), F32, series=SCALING)
+
+
+@pytest.mark.parametrize("operation", ["scan", "gated_scan"])
+def test_columns_of_a_series_have_the_truth_of_the_whole(operation):
+    case = replace(LONG, operation=operation)
+    for direction, wanted in operations.truth(replace(case, series=None)).items():
+        pairs = list(zip(operations.truth(case)[direction], operations.checked(case, wanted), strict=True))
+        assert pairs[0][0].shape[-1] >= 12
+        assert operations.relative_error(pairs, SEGMENT) < 2e-6, direction  # float32 against float64
+
+
+def test_a_carry_dropped_once_is_seen():
+    def forgetful(a, b):
+        pieces = zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True)
+        return (torch.cat([peers.loop_scan(*piece)[0] for piece in pieces], dim=1),)
+
+    provider = peers.Provider("forgetful", lambda case: forgetful)
+    for direction in operations.DIRECTIONS:
+        error, _ = harness.errors_of(forgetful, provider, LONG, direction)
+        assert error > 5 * operations.PEERS_TOLERANCES[BF16], direction
+
+
+@pytest.mark.parametrize("operation", list(peers.PROVIDERS))
+def test_every_provider_is_right_or_says_why_it_cannot_take_part(operation):
+    case = Case(operation, (1, 64, 16) if "scan" in operation else (8, 16), F32)
+    for provider in peers.PROVIDERS[operation]:
+        reason = provider.unavailable(case)
+        if "compiled" in provider.name or (operation, provider.name) == ("gated_scan_norm", "eager"):
+            continue  # compiles for a while; the benchmark checks it
+        if reason is not None:
+            assert reason == "runs on CUDA tensors only"
+            continue
+        for direction in operations.DIRECTIONS:
+            errors = harness.errors_of(provider.build(case), provider, case, direction)
+            assert max(errors) <= operations.TOLERANCES[F32], (provider.name, direction)
+
+
+def test_a_library_that_cannot_be_imported_is_a_reason():
+    assert peers._import_failure("no_such_library.warp") == "no_such_library is not installed"
+
+
+def test_accelerated_scan_says_which_lengths_it_takes():
+    for shape, dtype, words in (((1, 100, 8), F32, "power of two"), ((1, 2**17, 8), F32, "power of two"),
+                                ((1, 4096, 8), BF16, "16-bit kernel")):  # fmt: skip
+        assert words in peers._warp_16_bit(Case("gated_scan", shape, dtype, "cuda"))
+
+
+def test_report_draws_every_picture_from_the_file_alone(tmp_path, capsys):
+    source = BENCHMARKS / "results" / "nvidia-h100-80gb-hbm3.json"
+    content = json.loads(source.read_text())
+    like = next(row for row in content["rows"] if row["op"] == "scan")
+    shapes = [[1, 4**k, 1024] for k in (5, 6)]
+    content["rows"] += [like | {"shape": shape, "provider": name, "series": SCALING} for shape in shapes for name in ("newllm", "fla")]  # fmt: skip
+    content["rows"] += [like | {"direction": kind, "shape": [1, 2, 16]} for kind in report.OVERHEADS]
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content))
+    assert report.main([str(path)]) == 0
+    assert {picture.stem for picture in tmp_path.glob("*.png")} == {
+        "gpu-roofline", "gpu-speedup", "gpu-scaling", "gpu-overhead",
+    }  # fmt: skip
+    assert "scaling (GB/s)" in capsys.readouterr().out
+
+
+def test_report_refuses_another_file_in_one_line(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    assert report.main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_training_speed_on_a_tiny_model(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    options = ["--preset", "tiny", "--batch", "2", "--length", "16", "--steps", "2", "--no-compile", "--results", str(path)]  # fmt: skip
+    assert train_speed.main(options) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    runs = {(run["model"], run["backend"]): run for run in content["runs"]}
+    assert set(runs) == {("newllm", "auto"), ("transformer", "auto"), ("newllm", "reference")}
+    assert all(run["tokens_per_s"] > 0 for run in runs.values())
+    assert runs["newllm", "auto"]["profile"]["top"]
+    assert report.training_table(content) in printed
+
+
+def test_training_speed_refuses_in_one_line(capsys):
+    assert train_speed.main(["--preset", "classic"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
