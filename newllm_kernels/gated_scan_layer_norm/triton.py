@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm_kernels.gated_scan_layer_norm import composed
-from newllm_kernels.layer_norm.triton import as_rows, by_time, normalise_rows, reduce_partials, row_tile
+from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials, row_tile
 from newllm_kernels.scan.triton import NormGradient, columns, plan, run_backward, run_forward
 from newllm_kernels.triton_support import contiguous, kernel
 
 
-@kernel(do_not_specialize=("rows", "sequences"))
+@kernel(do_not_specialize=("rows",))
 def _row_sums(
-    p_gy, p_c, p_mean, p_rstd, p_weight, p_bias, p_mean_g, p_mean_gx, p_gweight, p_gbias, rows, D, s_gy, s_c, sequences, clamp,
+    p_gy, p_c, p_mean, p_rstd, p_weight, p_bias, p_mean_g, p_mean_gx, p_gweight, p_gbias, rows, D, s_gy, s_c, clamp,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CLAMP: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -35,8 +35,7 @@ def _row_sums(
     if HAS_BIAS:
         bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     gweight, gbias = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
-    for i_t in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
-        i_r = by_time(i_t, tl.cdiv(rows, BR), sequences)  # the scan's backward begins with what was read last
+    for i_r in tl.range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0), num_stages=STAGES):
         o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
         m_r = o_r < rows
         mask = m_r[:, None] if EVEN else m_r[:, None] & m_d[None, :]
@@ -71,7 +70,7 @@ def gated_scan_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """newllm::gated_scan_layer_norm"""
     c, c_last = run_forward(*columns(f, i, d), c0, False, cu_seqlens, "gated_scan")
-    y, _, mean, rstd = normalise_rows(c, None, weight, bias, eps, clamp, latest_first=True)
+    y, _, mean, rstd = normalise_rows(c, None, weight, bias, eps, clamp)
     return y, c, c_last, mean, rstd
 
 
@@ -109,7 +108,7 @@ def gated_scan_layer_norm_backward(
     of_rows = as_rows(grad_y), as_rows(c)
     _row_sums[(parts,)](
         *of_rows, mean, rstd, weight, bias, mean_g, mean_gx, gweight, gbias, rows, D, *(x.stride(0) for x in of_rows),
-        B if T % tile.BR == 0 else 1, clamp, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_CLAMP=clamp != math.inf,
+        clamp, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_CLAMP=clamp != math.inf,
         EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     packed = i is None or d is None

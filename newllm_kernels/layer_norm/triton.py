@@ -32,12 +32,6 @@ def clamped(y, limit):
 
 
 @triton.jit
-def by_time(i, tiles, sequences):
-    """The tile that comes i-th when all sequences are walked together, time step by time step."""
-    return (i % sequences) * (tiles // sequences) + i // sequences
-
-
-@triton.jit
 def row_statistics(x, m_d, D, eps, EVEN: tl.constexpr):
     """x (BR, BD) float32 -> centred x, zero where masked, mean (BR), rstd (BR). EVEN: no column is masked."""
     mean = tl.sum(x, axis=1) * (1.0 / D)
@@ -47,17 +41,14 @@ def row_statistics(x, m_d, D, eps, EVEN: tl.constexpr):
     return centred, mean, tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / D) + eps)
 
 
-@kernel(do_not_specialize=("rows", "sequences"))
+@kernel(do_not_specialize=("rows",))
 def _forward_narrow(
-    p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, rows, D, s_x, s_residual, sequences, eps, clamp,
+    p_x, p_residual, p_weight, p_bias, p_y, p_sum, p_mean, p_rstd, rows, D, s_x, s_residual, eps, clamp,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CLAMP: tl.constexpr,
-    LATEST_FIRST: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    EVEN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
-    i_r = tl.program_id(0)
-    if LATEST_FIRST:
-        i_r = by_time(tl.num_programs(0) - 1 - i_r, tl.num_programs(0), sequences)
-    o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR).to(tl.int64)
     m_d, m_r = o_d < D, o_r < rows
     mask = m_r[:, None] if EVEN else m_r[:, None] & m_d[None, :]
     x = tl.load(p_x + o_r[:, None] * s_x + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -269,17 +260,9 @@ def layer_norm(
 
 
 def normalise_rows(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    clamp: float,
-    latest_first: bool = False,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, sum, mean, rstd), y within +-clamp; infinity for none, which rows of more than WIDEST columns must have.
-    `latest_first`: x (B, T, D) was just written in order of time, and its end is still in the second-level cache."""
-    sequences = x.shape[0] if latest_first else 1
+    """(y, sum, mean, rstd), y within +-clamp; infinity for none, which rows of more than WIDEST columns must have."""
     D = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
@@ -302,12 +285,10 @@ def normalise_rows(
             rows,
             D,
             *strides,
-            sequences,
             eps,
             clamp,
             **has,
             HAS_CLAMP=clamp != math.inf,
-            LATEST_FIRST=sequences > 1 and rows // sequences % tile.BR == 0,
             EVEN=tile.BD == D,
             BR=tile.BR,
             BD=tile.BD,

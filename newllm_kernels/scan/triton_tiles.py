@@ -19,24 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-import os
-
-EVICT = tl.constexpr(os.environ.get("EVICT", "evict_first"))
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 
 
 @triton.jit
-def load(
-    p, stride, t, o_t, m_t, o_d, m_d, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr = EVICT,
-):  # fmt: skip
+def load(p, stride, t, o_t, m_t, o_d, m_d, EVEN: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
     """The rows at times t + o_t in float32, as (R, G, BD); EVEN where all of them lie inside the tensor."""
     p_rows = p + t * stride + (o_t[:, None] * stride + o_d[None, :])
-    mask = m_t[:, None] & m_d[None, :]
-    if EVEN:
-        tile = tl.load(p_rows, eviction_policy=KEEP)
-    else:
-        tile = tl.load(p_rows, mask=mask, other=0.0, eviction_policy=KEEP)
+    tile = tl.load(p_rows) if EVEN else tl.load(p_rows, mask=m_t[:, None] & m_d[None, :], other=0.0)
     return tl.reshape(tile, (R, G, BD)).to(tl.float32)
 
 
@@ -207,7 +197,7 @@ def norm_gradient(
 ):  # fmt: skip
     """What y = clamp(xhat * weight + bias) hands back to h: (g - mean(g) - xhat * mean(g * xhat)) / std, g = grad_y * weight."""
     g = load(p_gy, D, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
-    h = load(p_h, s_ht, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD, "")
+    h = load(p_h, s_ht, t, o_t, m_t, o_d, m_d, EVEN, R, G, BD)
     rstd = _of_rows(p_rstd, t, o_t, m_t, R, G)
     xhat = (h - _of_rows(p_mean, t, o_t, m_t, R, G)) * rstd
     if HAS_CLAMP:
@@ -222,7 +212,7 @@ def states_before(
     G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """h_{s-1}; before the first step, which is `left` - 1 rows away, the start state."""
-    b_h = load(p_h, s_ht, t_before, o_t, rows < left - 1, o_d, m_d, False, R, G, BD, "")
+    b_h = load(p_h, s_ht, t_before, o_t, rows < left - 1, o_d, m_d, False, R, G, BD)
     if HAS_H0:
         b_h = tl.where(inside(rows == left - 1, R, G), start_state, b_h)
     return b_h

@@ -39,7 +39,7 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "layer_norm.triton",
         "_forward_narrow",
-        AFFINE | {"HAS_RESIDUAL": True, "HAS_CLAMP": True, "LATEST_FIRST": True, "EVEN": False, "BR": 4, "BD": 1024},
+        AFFINE | {"HAS_RESIDUAL": True, "HAS_CLAMP": True, "EVEN": False, "BR": 4, "BD": 1024},
     ),
     (
         "layer_norm.triton",
