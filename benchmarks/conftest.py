@@ -55,11 +55,15 @@ def recorder() -> harness.Recorder:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def copy_around_the_group(recorder: harness.Recorder) -> Iterator[None]:
-    """The ceiling is measured before and after every operation's benchmarks."""
+def copy_around_the_group(recorder: harness.Recorder, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The ceiling is measured before and after every operation's benchmarks. What --results has so far is written after each,
+    because time on a lent GPU can end before the session does."""
     recorder.measure_copy()
     yield
     recorder.measure_copy()
+    path = request.config.getoption("results")
+    if path is not None and recorder.rows:
+        report.write(path, recorder.finished(), recorder.copies, recorder.refused)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

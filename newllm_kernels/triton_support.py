@@ -54,7 +54,7 @@ class Kernel:
                     device = argument.device.index
                 pointer = argument.data_ptr()
                 key.append(argument.dtype)
-                key.append(pointer & 15)
+                key.append(pointer & 15 == 0)
                 values.append(pointer)
             else:
                 key.append(kind)

@@ -23,7 +23,13 @@ from torch.nn import functional as F
 
 from newllm.config import ModelConfig
 from newllm.model.common import ACTIVATION, init_linear
-from newllm_kernels import LayerNorm, context_scan_packed, context_update_packed, gated_scan_packed
+from newllm_kernels import (
+    LayerNorm,
+    context_scan_packed,
+    context_update_packed,
+    gated_scan_layer_norm_packed,
+    gated_scan_packed,
+)
 
 
 class ContextCell(nn.Module):
@@ -96,13 +102,30 @@ class ContextCell(nn.Module):
             contexts, last = self._step_through(from_x, state[:, 0])
             return contexts, last[:, None]
 
+        z, ends = self._up_to_the_last_hop(from_x, state)
+        contexts, end = self._scan(self.gates(z), state[:, -1])  # (B, T, D), (B, D)
+        return contexts, torch.stack((*ends, end), dim=1)
+
+    def read_out(self, from_x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward, but what is read of the contexts in their place: with norm="output" one operation with the scan."""
+        if self.coupling == "full" or self.norm_kind != "output":
+            contexts, state = self(from_x, state)
+            return self.read(contexts), state
+        z, ends = self._up_to_the_last_hop(from_x, state)
+        norm = self.norm
+        r, _, end = gated_scan_layer_norm_packed(
+            self.gates(z), state[:, -1], norm.weight, norm.bias, norm.eps, self.clamp
+        )
+        return r, torch.stack((*ends, end), dim=1)
+
+    def _up_to_the_last_hop(self, from_x: Tensor, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pre-activations z (B, T, Z) that the last hop sees, and the states (B, D) that the hops before it end in."""
         z, ends = from_x, []  # the first hop reads c^(0) = 0
-        for k in range(self.hops):
-            if k > 0:
-                z = self.with_context(from_x, shift(contexts, state[:, k - 1]))
-            contexts, end = self._scan(self.gates(z), state[:, k])  # (B, T, D), (B, D)
+        for k in range(self.hops - 1):
+            contexts, end = self._scan(self.gates(z), state[:, k])
             ends.append(end)
-        return contexts, torch.stack(ends, dim=1)
+            z = self.with_context(from_x, shift(contexts, state[:, k]))
+        return z, ends
 
     def _step_through(self, from_x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         contexts = []
@@ -140,6 +163,5 @@ class ContextMixer(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), state (B, K, D) -> (y (B, T, E), new state (B, K, D))."""
-        contexts, state = self.cell(self.cell.from_x(x), state)
-        r = self.cell.read(contexts)  # (B, T, D)
+        r, state = self.cell.read_out(self.cell.from_x(x), state)  # (B, T, D)
         return self.out(r * F.silu(self.output_gate(x))), state

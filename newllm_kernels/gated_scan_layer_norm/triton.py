@@ -101,7 +101,7 @@ def gated_scan_layer_norm_backward(
     weight, bias, mean, rstd = contiguous(weight, bias, mean, rstd)
     grad_y = grad_y.contiguous()
     rows = B * T
-    mean_g, mean_gx = torch.empty((2, rows), dtype=torch.float32, device=c.device)
+    mean_g, mean_gx = (torch.empty(rows, dtype=torch.float32, device=c.device) for _ in range(2))
     tile = row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
     parts = tile.programs(rows, c.device)
     gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)

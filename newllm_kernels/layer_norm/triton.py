@@ -246,7 +246,7 @@ def as_rows(x: Tensor) -> Tensor:
 def reduce_partials(parts: int, gweight: Tensor, gbias: Tensor) -> tuple[Tensor, Tensor]:
     """(parts, D) twice -> (D,) twice."""
     D = gweight.shape[1]
-    out_weight, out_bias = torch.empty((2, D), dtype=torch.float32, device=gweight.device)
+    out_weight, out_bias = (torch.empty(D, dtype=torch.float32, device=gweight.device) for _ in range(2))
     BD = 8 if D <= 2048 else 32  # columns of a program: 32 bytes at least, and programs enough for the GPU
     _reduce[(cdiv(D, BD),)](gweight, gbias, out_weight, out_bias, parts, D, BP=4096 // BD, BD=BD, num_warps=8)
     return out_weight, out_bias

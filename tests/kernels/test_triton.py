@@ -12,7 +12,10 @@ from importlib import import_module
 import cases
 import pytest
 import torch
-from cases import Problem, check, differentiate, laid_out, make
+import torch._dynamo
+from cases import VARIANTS, Problem, check, differentiate, laid_out, make, variant
+from test_compile import compiled
+from test_operators import captured, opcheck_all
 
 import newllm_kernels as nk
 
@@ -74,6 +77,12 @@ def interpreted_rounding(monkeypatch):
 
 def place(problem: Problem) -> Problem:
     return problem.map(lambda name, x: x.to(DEVICE))
+
+
+def place_options(problem: Problem) -> Problem:
+    """With the boundaries of packed sequences on the device too."""
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
+    return replace(place(problem), options=options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,6 +211,36 @@ def test_nan_shows_where_it_belongs(function):
     out = problem.run()[0]
     assert out[0].isfinite().all()
     assert out[1, 3].isnan().all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_opcheck(name):
+    opcheck_all(captured(place_options(variant(name, torch.bfloat16, T=5, D=17))))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_code_gives_the_same_bits(name):
+    torch._dynamo.reset()
+    problem = place_options(variant(name, T=5, D=17))
+    grads = [torch.randn_like(x) for x in problem.run()]
+    want, want_grads = differentiate(problem.run, problem.tensors, grads)
+    got, got_grads = differentiate(compiled(problem, "aot_eager"), problem.tensors, grads)
+    for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", ["gated_scan_packed", "context_scan", "layer_norm"])
+def test_inductor_compiles_once_for_all_lengths(function):
+    torch._dynamo.reset()
+    counter = torch._dynamo.utils.counters
+    problem = place(make(function, 2, 40, 64))
+    run = torch.compile(lambda tensors: problem.run(tensors), fullgraph=True)
+    for T in (40, 333, 1000, 77):
+        longer = place(make(function, 2, T, 64))
+        for x, y in zip(run(longer.tensors), longer.run(), strict=True):
+            assert torch.equal(x, y)
+    assert counter["stats"]["unique_graphs"] <= 2  # the first length as a constant, then once for all
 
 
 @pytest.mark.gpu

@@ -1,0 +1,43 @@
+"""Every operation once, forward and backward, on shapes small enough for compute-sanitizer, which slows kernels a hundredfold:
+
+    compute-sanitizer --tool memcheck python tools/sanitize.py
+    compute-sanitizer --tool racecheck python tools/sanitize.py
+
+Sequences are long enough for every way through time: streams, chunks, look-back and passes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "kernels"))
+
+import cases
+
+import newllm_kernels as nk
+
+SHAPES = [(2, 70, 33), (1, 700, 17), (1, 700, 260)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for backend in ("triton", "cuda"):
+        for function in cases.TRUTH:
+            operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
+            if "has no kernel" in nk.explain(operation, torch.empty(1, 1, 48, device="cuda")).split(backend)[-1]:
+                continue
+            for shape in SHAPES:
+                for dtype in (torch.float32, torch.bfloat16):
+                    problem = cases.make(function, *shape, dtype).map(lambda name, x: x.cuda())
+                    with nk.use_backend(backend):
+                        grads = [torch.randn_like(x) for x in problem.run()]
+                        cases.differentiate(problem.run, problem.tensors, grads)
+            torch.cuda.synchronize()
+            print(f"{backend} {function}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
