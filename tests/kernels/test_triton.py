@@ -128,12 +128,12 @@ def test_every_way_through_time(function, options, way, monkeypatch):
     from newllm_kernels.scan import triton
 
     plan = triton.plan
-    small = {} if GPU else {"R": 2, "G": 8}
+    small = {} if GPU else {"R": 1, "G": 4}
     monkeypatch.setattr(triton, "plan", lambda *args: plan(*args)._replace(way=way, chunks=3, **small))
-    check(place(make(function, 2, 5000 if GPU else 330, 9, **options)))
+    check(place(make(function, *((2, 5000) if GPU else (1, 90)), 9, **options)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if GPU else DTYPES[:2], ids=str)
 @pytest.mark.parametrize("memory", [0.0, 6.0], ids=["short memory", "long memory"])
 def test_passes_over_chunks_of_time(memory, dtype, monkeypatch):
     """Short memory: the second pass finds all seams closed. Long: what the passes leave open is computed in order of time."""
@@ -213,7 +213,8 @@ def test_nan_shows_where_it_belongs(function):
     assert out[1, 3].isnan().all()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# opcheck calls an operator some ten times, and the interpreter takes seconds for a scan.
+@pytest.mark.parametrize("name", VARIANTS if GPU else ["scan", "context_update", "context_scan", "add_layer_norm"])
 def test_opcheck(name):
     opcheck_all(captured(place_options(variant(name, torch.bfloat16, T=5, D=17))))
 
