@@ -36,7 +36,8 @@ def context_scan(
 
     Returns:
         c (B, T, D) in f's dtype, and the last state c_T (B, D) in float32 (float64 beside float64). The state is not
-        rounded from step to step. Both are differentiable, as are all tensors among the arguments.
+        rounded from step to step; on a GPU few long sequences are computed in chunks whose seams close to a tolerance
+        (docs/numerics.md). Both are differentiable, as are all tensors among the arguments.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what was wanted.
