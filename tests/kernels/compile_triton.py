@@ -31,9 +31,9 @@ NORMED = AFFINE | {"NORMED": True, "HAS_CLAMP": True}
 KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("scan.triton", "_forward_stream", RECURRENCE | PIECES),
     ("scan.triton", "_backward_stream", RECURRENCE | PIECES | GRADIENTS | NORMED | {"HAS_CU": True, "CHUNKED": False}),
-    ("scan.triton", "_forward_pairs", RECURRENCE | {"STAGES": 3}),
-    ("scan.triton", "_backward_pairs", RECURRENCE | {"HAS_GH": True, "STAGES": 3}),
-    ("scan.triton", "_chunk_starts", {"HAS_STATE": True, "BC": 64, "BD": 32}),
+    ("scan.triton_chunks", "forward_pairs", RECURRENCE | {"STAGES": 3}),
+    ("scan.triton_chunks", "backward_pairs", RECURRENCE | {"HAS_GH": True, "STAGES": 3}),
+    ("scan.triton_chunks", "chunk_starts", {"HAS_STATE": True, "BC": 64, "BD": 32}),
     ("scan.triton_look_back", "forward_look_back", RECURRENCE | {"HAS_H0": True}),
     ("scan.triton_look_back", "backward_look_back", RECURRENCE | GRADIENTS | {"HAS_H0": True}),
     (
