@@ -12,8 +12,6 @@ from newllm_kernels.scan.triton import columns
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 from newllm_kernels.triton_support import contiguous, kernel
 
-WIDEST = 8192
-
 
 @triton.jit
 def load_gates(p_f, p_i, p_d, o_f, o_i, o_d, mask):

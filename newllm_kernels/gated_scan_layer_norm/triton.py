@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm_kernels.gated_scan_layer_norm import composed
-from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials, row_tile
+from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials, weights_tile
 from newllm_kernels.scan.triton import NormGradient, columns, plan, run_backward, run_forward
 from newllm_kernels.triton_support import contiguous, kernel
 
@@ -102,7 +102,7 @@ def gated_scan_layer_norm_backward(
     grad_y = grad_y.contiguous()
     rows = B * T
     mean_g, mean_gx = (torch.empty(rows, dtype=torch.float32, device=c.device) for _ in range(2))
-    tile = row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
+    tile = weights_tile(D)
     parts = tile.programs(rows, c.device)
     gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)
     of_rows = as_rows(grad_y), as_rows(c)

@@ -237,6 +237,11 @@ def row_tile(D: int, elements: int, per_thread: int, resident: int = 0, stages: 
     return RowTile(BR, BD, min(16, max(1, BR * BD // (32 * per_thread))), resident, stages)
 
 
+def weights_tile(D: int) -> RowTile:
+    """For kernels that sum weight gradients: few programs with many loads in flight, each leaves a row of partial sums."""
+    return row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) -> (rows, D) with contiguous elements; a view where the rows lie at one distance."""
     x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
@@ -313,8 +318,7 @@ def layer_norm_backward(
     if D > WIDEST and grad_y is not None:
         gweight, gbias, parts = _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
     else:
-        # Few programs with many loads in flight: each leaves a row of partial sums behind.
-        tile = row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
+        tile = weights_tile(D)
         parts = tile.programs(rows, x.device)
         gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=x.device)
         _backward_narrow[(parts,)](

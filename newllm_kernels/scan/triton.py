@@ -212,9 +212,8 @@ def plan(x: Tensor, N: int, T: int, D: int, packed_sequences: bool, operation: s
         tile = _tile(x, D, *tile)
     if packed_sequences or 4 * tile[0] * tile[1] >= T or 3 * N * cdiv(D, tile[2]) >= 2 * present:
         return Plan("stream", *tile, stages, 1)
-    if (
-        N * cdiv(D, 32) < 8
-    ):  # a look-back hands on one state a group of chunks, which takes longer than so few columns do
+    # A look-back hands on one state a group of chunks, which takes longer than so few columns do.
+    if N * cdiv(D, 32) < 8:
         *tile, stages = _CHUNKS[sixteen_bits]
         tile = _tile(x, D, *tile)
         return Plan("chunks", *tile, stages, 2 * present // (N * cdiv(D, tile[2])))
@@ -262,7 +261,7 @@ def columns(f: Tensor, i: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tens
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (f, i, d))
 
 
-def _chunks(p: Plan, x: Tensor, N: int, T: int, D: int) -> tuple[int, int, bool]:
+def _chunks(p: Plan, T: int, D: int) -> tuple[int, int, bool]:
     """(chunks, steps of a chunk, whether all tiles are whole)."""
     even = T % p.steps == 0 and D % p.BD == 0
     if p.way == "stream":
@@ -311,7 +310,7 @@ def run_forward(
 
 def _launch_forward(a, b, c, h0, h, h_last, reverse, cu_seqlens, operation, p: Plan) -> None:
     (_, T, D), N = a.shape, h_last.shape[0]
-    chunks, chunk_steps, even = _chunks(p, a, N, T, D)
+    chunks, chunk_steps, even = _chunks(p, T, D)
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0), c.stride(1))
     d_blocks = cdiv(D, p.BD)
     programs = N * d_blocks
@@ -377,7 +376,7 @@ def _launch_backward(
     grad_h, grad_last, a, b, c, h, h0, reverse, cu_seqlens, grads, grad_h0, operation, norm, p: Plan
 ) -> None:
     (_, T, D), N = h.shape, grad_h0.shape[0]
-    chunks, chunk_steps, even = _chunks(p, a, N, T, D)
+    chunks, chunk_steps, even = _chunks(p, T, D)
     of_gh = (0, 0) if grad_h is None else (grad_h.stride(0), grad_h.stride(1))
     of_a = (a.stride(0), a.stride(1))
     strides = (

@@ -16,6 +16,7 @@ import torch._dynamo
 from cases import VARIANTS, Problem, check, differentiate, laid_out, make, variant
 from test_compile import compiled
 from test_operators import captured, opcheck_all
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import newllm_kernels as nk
 
@@ -234,14 +235,14 @@ def test_compiled_code_gives_the_same_bits(name):
 @pytest.mark.parametrize("function", ["gated_scan_packed", "context_scan", "layer_norm"])
 def test_inductor_compiles_once_for_all_lengths(function):
     torch._dynamo.reset()
-    counter = torch._dynamo.utils.counters
+    counter = CompileCounterWithBackend("inductor")
     problem = place(make(function, 2, 40, 64))
-    run = torch.compile(lambda tensors: problem.run(tensors), fullgraph=True)
+    run = torch.compile(lambda tensors: problem.run(tensors), fullgraph=True, backend=counter)
     for T in (40, 333, 1000, 77):
         longer = place(make(function, 2, T, 64))
         for x, y in zip(run(longer.tensors), longer.run(), strict=True):
             assert torch.equal(x, y)
-    assert counter["stats"]["unique_graphs"] <= 2  # the first length as a constant, then once for all
+    assert counter.frame_count <= 2  # the first length as a constant, then once for all
 
 
 @pytest.mark.gpu
