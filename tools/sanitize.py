@@ -23,7 +23,10 @@ from newllm_kernels.backends import Call, verdicts
 SHAPES = [(2, 70, 33), (1, 700, 17), (1, 700, 260)]
 
 
-def main() -> None:
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("sanitize: error: needs an NVIDIA GPU; this PyTorch sees none", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     for backend in ("triton", "cuda"):
         for function in cases.TRUTH:
@@ -38,7 +41,8 @@ def main() -> None:
                         cases.differentiate(problem.run, problem.tensors, grads)
             torch.cuda.synchronize()
             print(f"{backend} {function}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
