@@ -10,13 +10,15 @@
     ContextUpdate   the cell as a layer         LayerNorm   drop-in for torch.nn.LayerNorm
 
 `explain("gated_scan", f, i, d)` says which backend a call takes and why; `python -m newllm_kernels` what this
-installation holds. Dimension letters, everywhere: B batch, T time steps, D context_dim, H hidden_dim, N sequences.
+installation holds; `record_seams` how `context_scan` went through time. Dimension letters, everywhere: B batch, T time steps,
+D context_dim, H hidden_dim, N sequences.
 """
 
 from __future__ import annotations
 
 from newllm_kernels.backends import BackendError, current_backend, explain, operations, use_backend
 from newllm_kernels.context_scan import context_scan, context_scan_packed
+from newllm_kernels.context_scan.seams import record_seams
 from newllm_kernels.context_update import context_update, context_update_packed
 from newllm_kernels.gated_scan import gated_scan, gated_scan_packed
 from newllm_kernels.gated_scan_layer_norm import gated_scan_layer_norm, gated_scan_layer_norm_packed
@@ -29,5 +31,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError", "ContextUpdate", "LayerNorm", "add_layer_norm", "context_scan", "context_scan_packed",
     "context_update", "context_update_packed", "current_backend", "explain", "gated_scan", "gated_scan_layer_norm",
-    "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "scan", "use_backend",
+    "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "record_seams", "scan",
+    "use_backend",
 ]  # fmt: skip

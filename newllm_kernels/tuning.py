@@ -4,6 +4,9 @@ The first configuration of a list is what was fastest on the GPUs named in MEASU
 the list is tried at the first call of its kind, some hundred milliseconds besides compiling, and the choice is kept in a file
 per GPU and Triton version. A choice once made is made again, so results keep their bits from run to run.
 
+The scans and the kernels that normalise whole rows have such lists. `context_scan` has none: how many of its passes find work
+depends on the numbers in its gates, so a trial on one input says little of the next.
+
     NEWLLM_KERNELS_AUTOTUNE   1: try on every GPU; 0: never try, always the first; unset: as above
     NEWLLM_KERNELS_CACHE      folder of the files; unset: $XDG_CACHE_HOME/newllm_kernels or ~/.cache/newllm_kernels
 """
@@ -25,7 +28,9 @@ import torch
 MEASURED = ("H100", "H200")
 Configuration = TypeVar("Configuration")
 
-_choices: dict[Path, dict[str, int]] = {}
+_choices: dict[Path, dict[str, int]] = {}  # as the files have them
+# What this process takes: to look it up in a file's choices takes 15 microseconds, more than many kernels.
+_taken: dict[tuple[Any, ...], Any] = {}
 
 
 def folder() -> Path:
@@ -62,6 +67,9 @@ def fastest(
     """The configuration to run a call of this kind with. `run` must leave the same results whichever it is given."""
     if len(configurations) == 1 or not tries(device):
         return configurations[0]
+    call = (device, kind, *configurations)
+    if call in _taken:
+        return _taken[call]
     path = folder() / _file_name(device)
     known = _choices.get(path)
     if known is None:
@@ -70,10 +78,12 @@ def fastest(
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return configurations[0]
-        times = [_milliseconds(functools.partial(run, configuration)) for configuration in configurations]
+        with torch.cuda.device(device):  # whose streams the events must time
+            times = [_milliseconds(functools.partial(run, configuration)) for configuration in configurations]
         known[key] = times.index(min(times))
         _write(path, known)
-    return configurations[known[key]]
+    _taken[call] = configurations[known[key]]
+    return _taken[call]
 
 
 def _milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from newllm_kernels import backends, checks, gates
-from newllm_kernels.context_scan import reference
+from newllm_kernels.context_scan import reference, seams
 from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
@@ -37,7 +37,8 @@ def context_scan(
     Returns:
         c (B, T, D) in f's dtype, and the last state c_T (B, D) in float32 (float64 beside float64). The state is not
         rounded from step to step; on a GPU few long sequences are computed in chunks whose seams close to a tolerance
-        (docs/numerics.md). Both are differentiable, as are all tensors among the arguments.
+        (docs/numerics.md; `record_seams` tells how many passes that took). Both are differentiable, as are all tensors
+        among the arguments.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what was wanted.
@@ -86,8 +87,16 @@ def _checked(f, i, d, c0, weight, bias, eps, clamp, name, D):
     return _context_scan(f, i, d, c0, weight, bias, checks.eps(eps), checks.clamp(clamp))
 
 
+def _reporting(direction: str, f: Tensor, D: int) -> backends.Implementation:
+    implementation = backends.select("context_scan", f, D)
+    if implementation.backend != "triton":  # which alone has chunks, and reports them itself
+        seams.report(direction, f.shape[1])
+    return implementation
+
+
 def _kernel(f, i, d, c0, weight, bias, eps, clamp):
-    return backends.select("context_scan", f, c0.shape[1]).forward(f, i, d, c0, weight, bias, eps, clamp)
+    kernel = _reporting("forward", f, c0.shape[1]).forward
+    return kernel(f, i, d, c0, weight, bias, eps, clamp)
 
 
 def _fake(f, i, d, c0, weight, bias, eps, clamp):
@@ -95,7 +104,7 @@ def _fake(f, i, d, c0, weight, bias, eps, clamp):
 
 
 def _kernel_backward(grad_c, grad_c_last, f, i, d, c, c0, weight, bias, eps, clamp):
-    kernel = backends.select("context_scan", f, c0.shape[1]).backward
+    kernel = _reporting("backward", f, c0.shape[1]).backward
     return kernel(grad_c, grad_c_last, f, i, d, c, c0, weight, bias, eps, clamp)
 
 

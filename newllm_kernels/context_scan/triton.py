@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from newllm_kernels.context_scan.seams import report
 from newllm_kernels.context_scan.triton_steps import affine, backward_steps, forward_steps
 from newllm_kernels.layer_norm.triton import reduce_partials
 from newllm_kernels.scan.triton import columns
@@ -271,7 +272,7 @@ def plan(device: torch.device, dtype: torch.dtype, B: int, T: int, D: int, direc
     # Rows on their way: as many as fit beside each other into half a multiprocessor's shared memory.
     stages = max(1, min(4, 98304 // (BD * dtype.itemsize * (3 if direction == "forward" else 6))))
     chunks = min(MOST_CHUNKS, 2 * multiprocessors(device) // max(B, 1), T // 64)
-    if chunks < 8:  # passes walk a chunk two or three times
+    if chunks < 8 or B == 0:  # passes walk a chunk two or three times
         return Plan(1, T, warps, stages)
     steps = cdiv(T, chunks)
     return Plan(cdiv(T, steps), steps, warps, stages)
@@ -287,12 +288,14 @@ def _constants(
     }  # fmt: skip
 
 
-def _seams(p: Plan, B: int, D: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """States after every chunk and what they moved by, of every pass."""
-    if p.chunks == 1:
-        return None, None
-    ends = torch.empty((PASSES, B, p.chunks, D), dtype=torch.float32, device=device)
-    return ends, torch.empty((PASSES, B, p.chunks), dtype=torch.float32, device=device)
+def _seams(p: Plan, B: int, D: int, like: Tensor, direction: str) -> tuple[Tensor | None, Tensor | None]:
+    """States after every chunk and what they moved by, of every pass; reported to whoever records."""
+    ends = change = None
+    if p.chunks > 1:
+        ends = torch.empty((PASSES, B, p.chunks, D), dtype=torch.float32, device=like.device)
+        change = torch.empty((PASSES, B, p.chunks), dtype=torch.float32, device=like.device)
+    report(direction, p.steps, p.chunks, change, TOLERANCE[like.dtype])
+    return ends, change
 
 
 def _modes(p: Plan, B: int) -> list[tuple[tuple[int, ...], int, int]]:
@@ -323,12 +326,12 @@ def context_scan(
     B, T, D = f.shape
     c = torch.empty((B, T, D), dtype=f.dtype, device=f.device)
     last = torch.empty((B, D), dtype=torch.float32, device=f.device)
+    p = plan(f.device, f.dtype, B, T, D, "forward")
+    ends, change = _seams(p, B, D, f, "forward")
     if B == 0:
         return c, last
     c0 = c0 if c0.stride(1) == 1 else c0.contiguous()
     mark, _, below = _edges(f.dtype, clamp)
-    p = plan(f.device, f.dtype, B, T, D, "forward")
-    ends, change = _seams(p, B, D, f.device)
     constants = _constants(D, f.dtype, weight, bias, p, mark)
     for grid, mode, number in _modes(p, B):
         _forward[grid](
@@ -360,6 +363,8 @@ def context_scan_backward(
     weight, bias = contiguous(weight, bias)
     B, T, D = c.shape
     grad_c0 = torch.empty((B, D), dtype=torch.float32, device=c.device)
+    p = plan(f.device, f.dtype, B, T, D, "backward")
+    ends, change = _seams(p, B, D, f, "backward")
     if B == 0:
         return first, second, third, grad_c0, *(torch.zeros(D, device=c.device) for _ in range(2))
     c, c0 = (x if x.stride(-1) == 1 else x.contiguous() for x in (c, c0))
@@ -367,8 +372,6 @@ def context_scan_backward(
         grad_c = grad_c.contiguous()
     grad_c_last = None if grad_c_last is None else grad_c_last.contiguous()
     mark, edge, _ = _edges(f.dtype, clamp)
-    p = plan(f.device, f.dtype, B, T, D, "backward")
-    ends, change = _seams(p, B, D, f.device)
     gweight, gbias = torch.empty((2, B * p.chunks, D), dtype=torch.float32, device=c.device)
     gc_strides = (0, 0) if grad_c is None else grad_c.stride()[:2]
     strides = (*gc_strides, *_gate_strides(f, i, d), *c.stride()[:2], c0.stride(0), gf.stride(1))

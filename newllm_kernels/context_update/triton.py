@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.layer_norm.triton import clamped, reduce_partials, row_statistics, row_tile
+from newllm_kernels import tuning
+from newllm_kernels.layer_norm.triton import clamped, reduce_partials, row_statistics
+from newllm_kernels.layer_norm.triton_tiles import ONE_TILE_EACH, RowTile, chosen, row_tile
 from newllm_kernels.scan.triton import columns
 from newllm_kernels.triton_math import gated_write, sigmoid, sigmoid_slope, tanh
 from newllm_kernels.triton_support import contiguous, kernel
@@ -86,6 +90,11 @@ def _backward(
     tl.store(p_gbias + row, tl.sum(gbias, axis=0), mask=m_d)
 
 
+# As those of layer_norm/triton_tiles.py: the fastest in the H100's sweeps, with loads ahead and without. A tile is five tensors
+# read and four written, so it is small, and threads with 8 elements need half the registers.
+_BACKWARD_TILES = ((1024, 16, 4, 2), (1024, 16, 8, 2), (2048, 16, 2, 2), (1024, 16, 4, 1), (1024, 8, 4, 1))
+
+
 def gate_rows(f: Tensor, i: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The gates (B, D) as three tensors with contiguous rows."""
     unsqueezed = (None if x is None else x[:, None] for x in (f, i, d))
@@ -110,12 +119,22 @@ def context_update(
     if rows == 0:
         return out
     c = c if c.stride(1) == 1 else c.contiguous()
+    tensors = (f, i, d, c, weight, bias, out)
     tile = row_tile(D, 2048, 16)
+    if tuning.tries(c.device):
+        run = functools.partial(_launch_forward, *tensors, eps, clamp)
+        tile = chosen(("context_update", "forward", str(c.dtype)), tile, ONE_TILE_EACH, f, run)
+    _launch_forward(*tensors, eps, clamp, tile)
+    return out
+
+
+def _launch_forward(f, i, d, c, weight, bias, out, eps, clamp, tile: RowTile) -> None:
+    rows, D = c.shape
     _forward[(tile.programs(rows, c.device),)](
         f, i, d, c, weight, bias, out, rows, D, f.stride(0), i.stride(0), d.stride(0), c.stride(0), eps, clamp,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, num_warps=tile.warps,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D,
+        BR=tile.BR, BD=tile.BD, num_warps=tile.warps,
     )  # fmt: skip
-    return out
 
 
 def context_update_backward(
@@ -141,13 +160,25 @@ def context_update_backward(
     if rows == 0:
         return first, second, third, grad_c, *(torch.zeros(D, device=c.device) for _ in range(2))
     c, grad = (x if x.stride(1) == 1 else x.contiguous() for x in (c, grad))
+    tensors = (grad, f, i, d, c, weight, bias, gf, gi, gd, grad_c)
     tile = row_tile(D, 1024, 16, resident=4, stages=2 if D * c.element_size() <= 8192 else 1)
+    if tuning.tries(c.device):
+        run = functools.partial(_launch_backward, *tensors, eps, clamp)
+        tile = chosen(("context_update", "backward", str(c.dtype)), tile, _BACKWARD_TILES, f, run)
+    return first, second, third, grad_c, *_launch_backward(*tensors, eps, clamp, tile)
+
+
+def _launch_backward(
+    grad, f, i, d, c, weight, bias, gf, gi, gd, grad_c, eps, clamp, tile: RowTile
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias."""
+    rows, D = c.shape
     parts = tile.programs(rows, c.device)
     gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)
     _backward[(parts,)](
         grad, f, i, d, c, weight, bias, gf, gi, gd, grad_c, gweight, gbias, rows, D, grad.stride(0), f.stride(0),
         i.stride(0), d.stride(0), c.stride(0), gf.stride(0), eps, clamp, HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages,
-        num_warps=tile.warps,
+        HAS_BIAS=bias is not None, EXACT=f.dtype == torch.float32, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    return first, second, third, grad_c, *reduce_partials(parts, gweight, gbias)
+    return reduce_partials(parts, gweight, gbias)

@@ -7,14 +7,17 @@ scan's backward makes the gradient of c from them as it goes. That is 10 tensors
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from newllm_kernels import tuning
 from newllm_kernels.gated_scan_layer_norm import composed
-from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials, weights_tile
+from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials
+from newllm_kernels.layer_norm.triton_tiles import WEIGHTS, RowTile, chosen, weights_tile
 from newllm_kernels.scan.triton import NormGradient, columns, plan, run_backward, run_forward
 from newllm_kernels.triton_support import contiguous, kernel
 
@@ -102,19 +105,31 @@ def gated_scan_layer_norm_backward(
     grad_y = grad_y.contiguous()
     rows = B * T
     mean_g, mean_gx = (torch.empty(rows, dtype=torch.float32, device=c.device) for _ in range(2))
+    tensors = (as_rows(grad_y), as_rows(c), mean, rstd, weight, bias, mean_g, mean_gx)
     tile = weights_tile(D)
-    parts = tile.programs(rows, c.device)
-    gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)
-    of_rows = as_rows(grad_y), as_rows(c)
-    _row_sums[(parts,)](
-        *of_rows, mean, rstd, weight, bias, mean_g, mean_gx, gweight, gbias, rows, D, *(x.stride(0) for x in of_rows),
-        clamp, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_CLAMP=clamp != math.inf,
-        EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
+    if tuning.tries(c.device):
+        run = functools.partial(_launch_row_sums, *tensors, clamp)
+        tile = chosen(("gated_scan_layer_norm", "row sums"), tile, WEIGHTS, tensors[1], run)
+    of_affine = _launch_row_sums(*tensors, clamp, tile)
     packed = i is None or d is None
     first = torch.empty(f.shape, dtype=f.dtype, device=f.device)
     second, third = (first.new_empty(0 if packed else f.shape) for _ in range(2))
     grads = columns(first, None, None) if packed else (first, second, third)
     norm = NormGradient(grad_y, mean, rstd, mean_g, mean_gx, weight, bias, clamp)
     grad_c0 = run_backward(grad_c, grad_c_last, *columns(f, i, d), c, c0, False, cu_seqlens, grads, "gated_scan", norm)
-    return first, second, third, grad_c0, *reduce_partials(parts, gweight, gbias)
+    return first, second, third, grad_c0, *of_affine
+
+
+def _launch_row_sums(
+    grad_y, c, mean, rstd, weight, bias, mean_g, mean_gx, clamp, tile: RowTile
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias."""
+    rows, D = c.shape
+    parts = tile.programs(rows, c.device)
+    gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=c.device)
+    _row_sums[(parts,)](
+        grad_y, c, mean, rstd, weight, bias, mean_g, mean_gx, gweight, gbias, rows, D, grad_y.stride(0), c.stride(0),
+        clamp, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_CLAMP=clamp != math.inf,
+        EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return reduce_partials(parts, gweight, gbias)

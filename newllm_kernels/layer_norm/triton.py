@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels.triton_support import cdiv, contiguous, kernel, multiprocessors, power_of_two
+from newllm_kernels import tuning
+from newllm_kernels.layer_norm.triton_tiles import ONE_TILE_EACH, WEIGHTS, RowTile, chosen, row_tile, weights_tile
+from newllm_kernels.triton_support import cdiv, contiguous, kernel
 
 WIDEST = 8192  # columns of a row that is kept in registers
 
@@ -215,33 +216,6 @@ def _backward_wide_weights(
 # ---- host side ---------------------------------------------------------------------------------------------------------
 
 
-class RowTile(NamedTuple):
-    """BR whole rows of up to BD columns; programs of one multiprocessor that stay and walk the rows, 0: one tile each."""
-
-    BR: int
-    BD: int
-    warps: int
-    resident: int
-    stages: int
-
-    def programs(self, rows: int, device: torch.device) -> int:
-        tiles = cdiv(rows, self.BR)
-        return min(tiles, self.resident * multiprocessors(device)) if self.resident else tiles
-
-
-@functools.cache
-def row_tile(D: int, elements: int, per_thread: int, resident: int = 0, stages: int = 1) -> RowTile:
-    """About `elements` of whole rows; `per_thread` of them a thread, as far as there are 16 warps."""
-    BD = power_of_two(D)
-    BR = max(1, elements // BD)
-    return RowTile(BR, BD, min(16, max(1, BR * BD // (32 * per_thread))), resident, stages)
-
-
-def weights_tile(D: int) -> RowTile:
-    """For kernels that sum weight gradients: few programs with many loads in flight, each leaves a row of partial sums."""
-    return row_tile(D, *((2048, 32, 3, 3) if D <= 512 else (2048, 16, 3, 3) if D <= 2048 else (8192, 32, 1, 3)))
-
-
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) -> (rows, D) with contiguous elements; a view where the rows lie at one distance."""
     x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
@@ -283,23 +257,23 @@ def normalise_rows(
     has = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     if D > WIDEST:
         _forward_wide[(rows,)](*tensors, D, *strides, eps, **has, BD=4096, num_warps=8)
-    else:
-        tile = row_tile(D, 2048, 16 if D > 2048 else 32)
-        _forward_narrow[(tile.programs(rows, x.device),)](
-            *tensors,
-            rows,
-            D,
-            *strides,
-            eps,
-            clamp,
-            **has,
-            HAS_CLAMP=clamp != math.inf,
-            EVEN=tile.BD == D,
-            BR=tile.BR,
-            BD=tile.BD,
-            num_warps=tile.warps,
-        )
+        return y, total, mean, rstd
+    tile = row_tile(D, 2048, 16 if D > 2048 else 32)
+    if tuning.tries(x.device):
+        run = functools.partial(_narrow_forward, tensors, strides, eps, clamp, has)
+        tile = chosen(("layer_norm", "forward", residual is not None), tile, ONE_TILE_EACH, x, run)
+    _narrow_forward(tensors, strides, eps, clamp, has, tile)
     return y, total, mean, rstd
+
+
+def _narrow_forward(
+    tensors: tuple[Tensor, ...], strides: tuple[int, int], eps: float, clamp: float, has: dict[str, bool], tile: RowTile
+) -> None:
+    rows, D = tensors[0].shape
+    _forward_narrow[(tile.programs(rows, tensors[0].device),)](
+        *tensors, rows, D, *strides, eps, clamp, **has, HAS_CLAMP=clamp != math.inf, EVEN=tile.BD == D, BR=tile.BR,
+        BD=tile.BD, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def layer_norm_backward(
@@ -315,21 +289,29 @@ def layer_norm_backward(
     mean, rstd, weight = contiguous(mean, rstd, weight)
     grad_y, grad_sum = (None if g is None else as_rows(g) for g in (grad_y, grad_sum))
     strides = (0 if grad_y is None else grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0))
+    arguments = (grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
     if D > WIDEST and grad_y is not None:
-        gweight, gbias, parts = _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
-    else:
-        tile = weights_tile(D)
-        parts = tile.programs(rows, x.device)
-        gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=x.device)
-        _backward_narrow[(parts,)](
-            grad_y, grad_sum, x, mean, rstd, weight, grad_x, gweight, gbias, rows, D, *strides,
-            HAS_GY=grad_y is not None, HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None,
-            EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
-    return grad_x, *reduce_partials(parts, gweight, gbias)
+        return grad_x, *_wide_backward(*arguments)
+    tile = weights_tile(D)
+    if tuning.tries(x.device):
+        kind = ("layer_norm", "backward", grad_y is not None, grad_sum is not None)
+        tile = chosen(kind, tile, WEIGHTS, x, functools.partial(_narrow_backward, *arguments))
+    return grad_x, *_narrow_backward(*arguments, tile)
 
 
-def _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides):
+def _narrow_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides, tile: RowTile) -> tuple[Tensor, Tensor]:
+    rows, D = x.shape
+    parts = tile.programs(rows, x.device)
+    gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=x.device)
+    _backward_narrow[(parts,)](
+        grad_y, grad_sum, x, mean, rstd, weight, grad_x, gweight, gbias, rows, D, *strides, HAS_GY=grad_y is not None,
+        HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD,
+        STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return reduce_partials(parts, gweight, gbias)
+
+
+def _wide_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides) -> tuple[Tensor, Tensor]:
     rows, D = x.shape
     _backward_wide[(rows,)](
         grad_y, grad_sum, x, mean, rstd, weight, grad_x, D, *strides, HAS_GSUM=grad_sum is not None,
@@ -342,4 +324,4 @@ def _wide(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides):
     _backward_wide_weights[(cdiv(D, 1024), parts)](
         grad_y, x, mean, rstd, gweight, gbias, rows, D, strides[0], strides[2], per_program, BD=1024, num_warps=4
     )
-    return gweight, gbias, parts
+    return reduce_partials(parts, gweight, gbias)

@@ -69,7 +69,7 @@ def test_variants_cover_every_operation():
     assert {name.partition("-")[0] for name in VARIANTS} == set(TRUTH)
     assert {name.removesuffix("_packed") for name in TRUTH} == {*nk.operations(), "add_layer_norm"}
     public = {name for name in nk.__all__ if name[0].islower()}
-    assert public - set(TRUTH) == {"current_backend", "explain", "operations", "use_backend"}
+    assert public - set(TRUTH) == {"current_backend", "explain", "operations", "record_seams", "use_backend"}
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
