@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib import import_module
 
@@ -36,6 +37,7 @@ def tried(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_file_name", lambda device: "gpu.json")
     monkeypatch.setattr(tuning, "tries", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return found
 
 
