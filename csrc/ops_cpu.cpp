@@ -4,7 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "tensors.h"
+#include "recurrences.h"
 
 namespace newllm {
 namespace {
@@ -15,104 +15,13 @@ void run_in_pytorchs_pool(int64_t count, int64_t grain, cpu::RangeFn fn, void* c
 
 int64_t pytorchs_threads() { return torch::stable::get_num_threads(); }
 
-ScanShape scan_shape(const Tensor& like, int64_t D, const OptionalTensor& cu_seqlens) {
-  ScanShape shape;
-  shape.dtype = dtype_of(like);
-  shape.B = like.size(0);
-  shape.T = like.size(1);
-  shape.D = D;
-  shape.cu_seqlens = static_cast<const int64_t*>(data_or_null(cu_seqlens));
-  shape.num_sequences = cu_seqlens ? cu_seqlens->size(0) - 1 : shape.B;
-  return shape;
-}
-
-std::tuple<Tensor, Tensor> scan(const Tensor& a_, const Tensor& b_, const OptionalTensor& h0_, bool reverse,
-                                const OptionalTensor& cu_seqlens_) {
-  const Tensor a = with_contiguous_rows(a_), b = with_contiguous_rows(b_);
-  const OptionalTensor h0 = contiguous(h0_), cu_seqlens = contiguous(cu_seqlens_);
-  ScanArgs args;
-  args.shape = scan_shape(a, a.size(2), cu_seqlens);
-  args.reverse = reverse;
-  Tensor h = empty<3>({args.shape.B, args.shape.T, args.shape.D}, a.scalar_type(), a);
-  Tensor h_last = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(a), a);
-  args.a = view(a);
-  args.b = view(b);
-  args.h = view(h);
-  args.h0 = data_or_null(h0);
-  args.h_last = h_last.data_ptr();
-  cpu::scan_forward(args);
-  return {h, h_last};
-}
-
-std::tuple<Tensor, Tensor, Tensor> scan_backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_h_last_,
-                                                 const Tensor& a_, const Tensor& h_, const OptionalTensor& h0_,
-                                                 bool reverse, const OptionalTensor& cu_seqlens_) {
-  const Tensor a = with_contiguous_rows(a_), h = with_contiguous_rows(h_);
-  const OptionalTensor grad_h = with_contiguous_rows(grad_h_), grad_h_last = contiguous(grad_h_last_);
-  const OptionalTensor h0 = contiguous(h0_), cu_seqlens = contiguous(cu_seqlens_);
-  ScanBackwardArgs args;
-  args.shape = scan_shape(a, a.size(2), cu_seqlens);
-  args.reverse = reverse;
-  const std::array<int64_t, 3> sizes{args.shape.B, args.shape.T, args.shape.D};
-  Tensor grad_a = empty(sizes, a.scalar_type(), a), grad_b = empty(sizes, a.scalar_type(), a);
-  Tensor grad_h0 = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(a), a);
-  args.grad_h = view(grad_h);
-  args.a = view(a);
-  args.h = view(h);
-  args.grad_a = view(grad_a);
-  args.grad_b = view(grad_b);
-  args.grad_h_last = data_or_null(grad_h_last);
-  args.h0 = data_or_null(h0);
-  args.grad_h0 = grad_h0.data_ptr();
-  cpu::scan_backward(args);
-  return {grad_a, grad_b, grad_h0};
-}
-
-std::tuple<Tensor, Tensor> gated_scan(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d,
-                                      const OptionalTensor& c0_, const OptionalTensor& cu_seqlens_) {
-  const Gates gates(f, i, d);
-  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
-  GatedScanArgs args;
-  args.shape = scan_shape(gates.first, gates.D, cu_seqlens);
-  Tensor c = empty<3>({args.shape.B, args.shape.T, args.shape.D}, f.scalar_type(), f);
-  Tensor c_last = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(f), f);
-  args.f = gates.f;
-  args.i = gates.i;
-  args.d = gates.d;
-  args.c = view(c);
-  args.c0 = data_or_null(c0);
-  args.c_last = c_last.data_ptr();
-  cpu::gated_scan_forward(args);
-  return {c, c_last};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTensor& grad_c_,
-                                                               const OptionalTensor& grad_c_last_, const Tensor& f,
-                                                               const OptionalTensor& i, const OptionalTensor& d,
-                                                               const Tensor& c_, const OptionalTensor& c0_,
-                                                               const OptionalTensor& cu_seqlens_) {
-  const Gates gates(f, i, d);
-  GateGradients grads(gates);
-  const Tensor c = with_contiguous_rows(c_);
-  const OptionalTensor grad_c = with_contiguous_rows(grad_c_), grad_c_last = contiguous(grad_c_last_);
-  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
-  GatedScanBackwardArgs args;
-  args.shape = scan_shape(gates.first, gates.D, cu_seqlens);
-  Tensor grad_c0 = empty<2>({args.shape.num_sequences, args.shape.D}, acc_type(f), f);
-  args.grad_c = view(grad_c);
-  args.f = gates.f;
-  args.i = gates.i;
-  args.d = gates.d;
-  args.c = view(c);
-  args.grad_f = grads.f;
-  args.grad_i = grads.i;
-  args.grad_d = grads.d;
-  args.grad_c_last = data_or_null(grad_c_last);
-  args.c0 = data_or_null(c0);
-  args.grad_c0 = grad_c0.data_ptr();
-  cpu::gated_scan_backward(args);
-  return {grads.first, grads.second, grads.third, grad_c0};
-}
+// What recurrences.h calls.
+struct Cpu {
+  static void run(const ScanArgs& args, const Tensor&) { cpu::scan_forward(args); }
+  static void run(const ScanBackwardArgs& args, const Tensor&) { cpu::scan_backward(args); }
+  static void run(const GatedScanArgs& args, const Tensor&) { cpu::gated_scan_forward(args); }
+  static void run(const GatedScanBackwardArgs& args, const Tensor&) { cpu::gated_scan_backward(args); }
+};
 
 ContextArgs context_args(const Gates& gates, const Norm& norm, const Tensor& c0) {
   ContextArgs args;
@@ -268,10 +177,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& gra
 STABLE_TORCH_LIBRARY_IMPL(newllm_native, CPU, m) {
   newllm::cpu::parallel_runner = newllm::run_in_pytorchs_pool;
   newllm::cpu::thread_count = newllm::pytorchs_threads;
-  m.impl("scan", TORCH_BOX(&newllm::scan));
-  m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward));
-  m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan));
-  m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward));
+  m.impl("scan", TORCH_BOX(&newllm::scan<newllm::Cpu>));
+  m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cpu>));
+  m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cpu>));
+  m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cpu>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
   m.impl("context_scan", TORCH_BOX(&newllm::context_scan));

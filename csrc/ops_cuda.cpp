@@ -4,11 +4,12 @@
 #include <dlfcn.h>
 
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/kernels.h"
-#include "tensors.h"
+#include "recurrences.h"
 
 namespace newllm {
 namespace {
@@ -28,6 +29,41 @@ cudaStream_t current_stream(int32_t device) {
 void check(cudaError_t error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, "newllm: CUDA kernel ", kernel, ": ", cudaGetErrorString(error));
 }
+
+// What recurrences.h calls.
+struct Cuda {
+  template <class Args>
+  static void run(const Args& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    const cudaStream_t stream = current_stream(like.get_device_index());
+    // Freed when this returns: the caching allocator gives memory out again in the order of the stream.
+    struct Held {
+      const Tensor& like;
+      std::vector<Tensor> tensors;
+    } held{like, {}};
+    const cuda::Scratch scratch{[](void* context, int64_t floats) {
+                                  Held& held = *static_cast<Held*>(context);
+                                  held.tensors.push_back(empty<1>({floats}, ScalarType::Float, held.like));
+                                  return static_cast<float*>(held.tensors.back().data_ptr());
+                                },
+                                &held};
+    launch(args, scratch, stream);
+  }
+
+ private:
+  static void launch(const ScanArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::scan_forward(args, scratch, stream), "scan");
+  }
+  static void launch(const ScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::scan_backward(args, scratch, stream), "scan_backward");
+  }
+  static void launch(const GatedScanArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_forward(args, scratch, stream), "gated_scan");
+  }
+  static void launch(const GatedScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_backward(args, scratch, stream), "gated_scan_backward");
+  }
+};
 
 Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
@@ -91,6 +127,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_update_backwa
 }  // namespace newllm
 
 STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
+  m.impl("scan", TORCH_BOX(&newllm::scan<newllm::Cuda>));
+  m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cuda>));
+  m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
+  m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
 }

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python tools/sanitize.py
     compute-sanitizer --tool racecheck python tools/sanitize.py
 
-Sequences are long enough for every way through time: streams, chunks, look-back and passes.
+Sequences are long enough for every way through time: streams, chunks, look-back, clusters and passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import cases
 import newllm_kernels as nk
 from newllm_kernels.backends import Call, verdicts
 
-SHAPES = [(2, 70, 33), (1, 700, 17), (1, 700, 260)]
+SHAPES = {
+    "triton": [(2, 70, 33), (1, 700, 17), (1, 700, 260)],
+    "cuda": [(2, 70, 33), (1, 700, 17), (1, 3000, 64), (1, 700, 640)],  # the last in clusters
+}
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
             if not verdicts(operation, Call(torch.device("cuda", 0), torch.bfloat16, 33))[backend].ok:
                 continue
-            for shape in SHAPES:
+            for shape in SHAPES[backend]:
                 for dtype in (torch.float32, torch.bfloat16):
                     problem = cases.make(function, *shape, dtype).map(lambda name, x: x.cuda())
                     with nk.use_backend(backend):

@@ -1,38 +1,13 @@
 // One step of the cell, c' = clamp(LayerNorm(sigmoid(f) c + sigmoid(i) tanh(d))), one block per row, the row in shared
 // memory: every input is read once and the result written once. Memory-bound: 5 elements moved per element computed.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels.h"
+#include "numeric.cuh"
 
 namespace newllm::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-struct Activation {
-  float value, slope;
-};
 
 // s = 1 / (1 + e^-x), s' = s^2 e^-x, which keeps its relative accuracy where 1 - s would cancel. Past x = -87, e^-x
 // would overflow and s' become 0 * inf.

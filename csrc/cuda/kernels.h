@@ -7,6 +7,18 @@
 
 namespace newllm::cuda {
 
+// Memory on the device for one call: `allocate(context, floats)`; it must live until the stream has done with the call.
+struct Scratch {
+  float* (*allocate)(void* context, int64_t floats);
+  void* context;
+};
+
+// States are float32 (N, D); rows of all tensors may start anywhere, whole 16 bytes are faster.
+cudaError_t scan_forward(const ScanArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t scan_backward(const ScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t gated_scan_forward(const GatedScanArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
+
 // Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
 // 2 * context_update_blocks(B) * D floats.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);

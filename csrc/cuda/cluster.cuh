@@ -1,0 +1,67 @@
+// Thread-block clusters of Hopper: messages from block to block through distributed shared memory, and the barrier of
+// the cluster. Below compute capability 9.0 these functions do nothing; the launchers use no clusters there.
+#pragma once
+
+#include <cstdint>
+
+namespace newllm::cuda {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define NEWLLM_CLUSTERS 1
+#endif
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Waits for all threads of all blocks of the cluster; what they wrote to shared memory before is then seen.
+__device__ __forceinline__ void cluster_sync() {
+#ifdef NEWLLM_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+#ifdef NEWLLM_CLUSTERS
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Arrives, and lets the phase end only after so many bytes have come.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+#ifdef NEWLLM_CLUSTERS
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef NEWLLM_CLUSTERS
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+
+// Stores 16 bytes into the shared memory of block `rank` of the cluster, and tells the barrier there that they came.
+__device__ __forceinline__ void send(float4 value, float4* target, uint64_t* barrier, uint32_t rank) {
+#ifdef NEWLLM_CLUSTERS
+  uint32_t there, barrier_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(target)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier_there)
+      : "memory");
+#endif
+}
+
+}  // namespace newllm::cuda

@@ -1,0 +1,30 @@
+// cp.async: copies from global into shared memory that run on while the thread computes.
+#pragma once
+
+#include <cstdint>
+
+namespace newllm::cuda {
+
+// N bytes (4 or 16, both addresses aligned to them), or zeros where `there` is false.
+template <int N>
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  const int bytes = there ? N : 0;
+  if constexpr (N == 16) {
+    // The neighbouring 128 bytes go to L2 with it: another block wants them at about this time.
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+  }
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most N of this thread's groups are on their way.
+template <int N>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+}  // namespace newllm::cuda

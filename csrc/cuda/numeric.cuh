@@ -1,0 +1,102 @@
+// Storage types and activations of the kernels. Arithmetic is float32 whatever the storage.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../args.h"
+
+namespace newllm::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// N neighbours of a row in one access.
+template <class T, int N>
+struct Vec;
+
+template <class T>
+struct Vec<T, 1> {
+  using Raw = T;
+  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[1]) { x[0] = to_float(raw); }
+  static __device__ __forceinline__ Raw pack(const float (&x)[1]) { return from_float<T>(x[0]); }
+};
+
+template <>
+struct Vec<float, 2> {
+  using Raw = float2;
+  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[2]) { x[0] = raw.x, x[1] = raw.y; }
+  static __device__ __forceinline__ Raw pack(const float (&x)[2]) { return make_float2(x[0], x[1]); }
+};
+
+template <>
+struct Vec<__half, 2> {
+  using Raw = __half2;
+  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[2]) {
+    const float2 y = __half22float2(raw);
+    x[0] = y.x, x[1] = y.y;
+  }
+  static __device__ __forceinline__ Raw pack(const float (&x)[2]) { return __floats2half2_rn(x[0], x[1]); }
+};
+
+template <>
+struct Vec<__nv_bfloat16, 2> {
+  using Raw = __nv_bfloat162;
+  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[2]) {
+    const float2 y = __bfloat1622float2(raw);
+    x[0] = y.x, x[1] = y.y;
+  }
+  static __device__ __forceinline__ Raw pack(const float (&x)[2]) { return __floats2bfloat162_rn(x[0], x[1]); }
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// e^-x for a sigmoid. Past x = -87 it would overflow, and slopes become 0 * inf; NaN stays.
+__device__ __forceinline__ float exp_minus(float x) { return exp2_fast((x < -87.0f ? 87.0f : -x) * kLog2e); }
+
+struct Activation {
+  float value, slope;
+};
+
+// s = 1 / (1 + e^-x), s' = s^2 e^-x, which keeps its relative accuracy where 1 - s would cancel. The hardware's
+// approximations of exponential and reciprocal are good to 2 units in float32's last place.
+__device__ __forceinline__ Activation sigmoid_fast(float x) {
+  const float e = exp_minus(x), s = reciprocal_fast(1.0f + e);
+  return {s, s * s * e};
+}
+
+// tanh by e^-2|x|: t = (1 - e) / (1 + e), t' = 4 e / (1 + e)^2.
+__device__ __forceinline__ Activation tanh_fast(float x) {
+  const float e = exp2_fast(-2.0f * kLog2e * fabsf(x)), r = reciprocal_fast(1.0f + e);
+  return {copysignf((1.0f - e) * r, x), 4.0f * e * r * r};
+}
+
+}  // namespace newllm::cuda

@@ -1,0 +1,188 @@
+"""The CUDA C++ recurrences on a GPU, over every way through time. Elsewhere they are only compiled (test_build.py).
+
+With how many columns and steps which way is taken depends on the GPU: on one of 132 multiprocessors, 64 columns a block,
+99 blocks and more go alone, 9 to 66 in clusters of 7 to 2, and fewer in chunks.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import LAYOUTS, VARIANTS, check, differentiate, laid_out, make, variant
+from test_compile import compiled
+from test_operators import captured, opcheck_all
+
+import newllm_kernels as nk
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUNCTIONS = ("scan", "gated_scan", "gated_scan_packed")
+OF_FUNCTIONS = [name for name in VARIANTS if name.startswith(("scan", "gated_scan")) and "layer_norm" not in name]
+
+# (B, T, D). Rows of 16 bytes and not; whole windows and not; sizes of {1, 7, 33, 1000, 4097}.
+SHAPES = [
+    (3, 40, 1),
+    (2, 7, 33),
+    (3, 33, 1000),
+    (2, 1000, 7),
+    (1, 4097, 33),
+    (2, 7, 4097),
+    (8, 1000, 129),
+    (100, 130, 72),  # alone
+    (2, 4096, 4096),  # alone, all windows whole
+    (1, 5000, 1024),  # clusters
+    (5, 1000, 520),  # clusters, the last columns of a block missing
+    (40, 999, 64),  # clusters of few
+    (1, 20000, 64),  # chunks
+    (2, 9000, 40),  # chunks
+    (1, 6001, 65),  # chunks, rows of odd length
+]
+
+
+@pytest.fixture(autouse=True)
+def cuda_serves():
+    with nk.use_backend("cuda"):
+        yield
+
+
+def place(problem):
+    options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
+    return replace(problem.map(lambda name, x: x.cuda()), options=options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_truth(function, shape, dtype):
+    check(place(make(function, *shape, dtype)))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 64), (1, 5000, 1024), (1, 20000, 64), (1, 300, 5)], ids=str)
+@pytest.mark.parametrize("options", [{"state": None}, {"reverse": True}, {"reverse": True, "state": None}], ids=str)
+def test_options(shape, options):
+    check(place(make("scan", *shape, **options)))
+
+
+@pytest.mark.parametrize("D", [9, 64, 1024])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_packed_sequences(function, D):
+    """Empty sequences, sequences of one step, and one of many windows; few columns, and enough for clusters."""
+    bounds = torch.tensor([0, 0, 1, 4000, 4000, 4150])
+    check(place(make(function, 1, 4150, D, cu_seqlens=bounds)))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_layouts(function, layout):
+    check(laid_out(place(make(function, 2, 300, 64)), layout))
+
+
+def test_any_shape_stride_and_alignment():
+    """Tensors that begin at any element, in rows of any distance."""
+    torch.manual_seed(0)
+    choose = random.Random(0)
+    for _ in range(40):
+        function, dtype = choose.choice(FUNCTIONS), choose.choice(DTYPES)
+        B, T, D = choose.choice([1, 1, 2, 9]), choose.randrange(1, 3000), choose.choice([1, 3, 8, 33, 64, 100, 264])
+        problem = place(make(function, B, T, D, dtype))
+        for name, x in problem.tensors.items():
+            if x.dim() == 3:
+                gap, offset = choose.choice([0, 1, 8]), choose.choice([0, 1, 2, 4, 8])
+                buffer = torch.full((B * T * (x.shape[2] + gap) + offset,), float("nan"), dtype=dtype, device="cuda")
+                rows = buffer[offset:].view(B, T, x.shape[2] + gap)[..., : x.shape[2]]
+                problem.tensors[name] = rows.copy_(x)
+        check(problem)
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 33), (2, 4096, 4096), (1, 5000, 1024), (1, 20000, 64)], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_same_bits_on_many_streams(function, shape):
+    """Calls that share the GPU with others get the bits of a call alone: nothing depends on the order of blocks."""
+    problem = place(make(function, *shape, torch.bfloat16))
+    grads = [torch.randn_like(x) for x in problem.run()]
+    want, want_grads = differentiate(problem.run, problem.tensors, grads)
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(4):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(differentiate(problem.run, problem.tensors, grads))
+    torch.cuda.synchronize()
+    for got, got_grads in found:
+        for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 64), (1, 5000, 1024), (1, 20000, 64)], ids=str)
+@pytest.mark.parametrize("function", ["scan", "gated_scan"])
+def test_nan_shows_where_it_belongs(function, shape):
+    problem = place(make(function, *shape))
+    tensor, T = next(iter(problem.tensors.values())), shape[1]
+    tensor[-1, T // 2, 3] = float("nan")
+    out = problem.run()[0]
+    assert out[-1, T // 2 :, 3].isnan().all()
+    out[-1, T // 2 :, 3] = 0.0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_empty_batch(function):
+    problem = place(make(function, 2, 5, 7))
+    empty = replace(problem, tensors={k: x[:0] if x.dim() > 1 else x for k, x in problem.tensors.items()})
+    assert all(x.shape[0] == 0 for x in empty.run())
+
+
+@pytest.mark.parametrize("name", OF_FUNCTIONS)
+def test_opcheck(name):
+    opcheck_all(captured(place(variant(name, torch.bfloat16, T=5, D=17))))
+
+
+@pytest.mark.parametrize("name", OF_FUNCTIONS)
+def test_compiled_code_gives_the_same_bits(name):
+    torch._dynamo.reset()
+    problem = place(variant(name, T=5, D=17))
+    grads = [torch.randn_like(x) for x in problem.run()]
+    want, want_grads = differentiate(problem.run, problem.tensors, grads)
+    got, got_grads = differentiate(compiled(problem, "aot_eager"), problem.tensors, grads)
+    for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("shape", [(4, 256, 64), (1, 5000, 1024), (1, 20000, 64)], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cuda_graph_replays(function, shape):
+    problem = place(make(function, *shape))
+    with torch.no_grad():
+        problem.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured_outputs = problem.run()
+        for x in problem.tensors.values():
+            x.copy_(torch.randn_like(x).sigmoid())
+        graph.replay()
+        want = problem.run()
+    for x, y in zip(captured_outputs, want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_more_than_two_to_the_31_elements():
+    """Offsets of 64 bits: the last steps of a tensor of 4.3 GB depend on the first."""
+    T, D = 2**16 + 3, 2**15 + 8
+    a = torch.ones(1, T, D, dtype=torch.bfloat16, device="cuda")
+    b = torch.zeros(1, T, D, dtype=torch.bfloat16, device="cuda")
+    b[0, 0] = torch.arange(D, device="cuda") % 7
+    h, last = nk.scan(a, b)
+    assert torch.equal(last[0], b[0, 0].float())
+    assert torch.equal(h[0, -1], b[0, 0])
+    del h
+    (g,) = torch.autograd.grad(nk.scan(a, b.requires_grad_())[1], b, last)
+    assert torch.equal(g[0, 0], last[0].bfloat16())
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(nk.BackendError, match="no float64 kernels"):
+        nk.scan(*torch.ones(2, 1, 2, 3, dtype=torch.float64, device="cuda"))
