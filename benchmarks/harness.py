@@ -39,6 +39,8 @@ from operations import (
 )
 from peers import NEWLLM, PROVIDERS, Outputs, Provider, first_line
 
+import newllm_kernels as nk
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MiB = 2**20
 # Sets of inputs together: four times the 32 MiB last-level cache of this project's CPU, ten times the L2 of an H100.
@@ -169,8 +171,9 @@ def measure(benchmark: Any, recorder: Recorder, case: Case, provider: Provider, 
         pytest.skip(f"{provider.name}: {reason}")
     what = f"{case.operation} {case} {provider.name} {direction}"
     try:
-        row = checked_row(recorder, case, provider, direction, what)
-        times = timed(benchmark, case, provider, direction, row)
+        with nk.use_backend(provider.backend if provider.backend != "auto" else nk.current_backend()):
+            row = checked_row(recorder, case, provider, direction, what)
+            times = timed(benchmark, case, provider, direction, row)
     except Exception as error:
         if provider.name == NEWLLM:
             raise

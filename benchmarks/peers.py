@@ -1,6 +1,6 @@
 """Who is measured: newllm_kernels and the baselines, each with the reason where it cannot take part.
 
-    newllm     the auto backend
+    newllm     the auto backend; on a GPU also each of its backends, triton and cuda, by name
     eager      what a user writes without this package: torch.nn.functional.layer_norm, a composition of tensor operations,
                or, for a recurrence, a Python loop over T, tuned (activations hoisted, fused multiply-add);
                in gated_scan_norm the gates and the norm alone are eager, and the scan between them is the compiled one
@@ -51,6 +51,7 @@ class Provider:
     unavailable: Callable[[Case], str | None] = _anywhere
     prepare: Function = _same
     restore: Function = _same
+    backend: str = "auto"  # of newllm_kernels, while it is measured
 
 
 # ---- eager ----------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _gpu_library(module: str, case: Case) -> str | None:
-    return "runs on CUDA tensors only" if case.device != "cuda" else _import_failure(module)
+    return _on_a_gpu(case) or _import_failure(module)
 
 
 LIGER, FLA_NORM, FLA_HGRN = "liger_kernel.ops.layer_norm", "fla.modules.layernorm", "fla.ops.hgrn"
@@ -261,13 +262,20 @@ def _time_last_for_warp(*tensors: Tensor) -> Outputs:
 NEWLLM, COMPILED = "newllm", "compiled:"
 
 
-def _ours(operation: str) -> Provider:
-    return Provider(NEWLLM, lambda case: partial(operations.ours, operation))
+def _ours(operation: str, *backends: str) -> list[Provider]:
+    def build(case: Case) -> Function:
+        return partial(operations.ours, operation)
+
+    return [Provider(NEWLLM, build), *(Provider(name, build, _on_a_gpu, backend=name) for name in backends)]
+
+
+def _on_a_gpu(case: Case) -> str | None:
+    return None if case.device == "cuda" else "runs on CUDA tensors only"
 
 
 PROVIDERS: dict[str, list[Provider]] = {
     "scan": [
-        _ours("scan"),
+        *_ours("scan", "cuda", "triton"),
         Provider("loop", lambda case: written_scan, _too_many_steps),
         Provider("eager", lambda case: loop_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
@@ -281,7 +289,7 @@ PROVIDERS: dict[str, list[Provider]] = {
         ),
     ],
     "gated_scan": [
-        _ours("gated_scan"),
+        *_ours("gated_scan", "cuda", "triton"),
         Provider("loop", lambda case: written_gated_scan, _too_many_steps),
         Provider("eager", lambda case: loop_gated_scan, _too_many_steps),
         Provider("compiled", _compiled_recurrence),
@@ -295,31 +303,31 @@ PROVIDERS: dict[str, list[Provider]] = {
         ),
     ],
     "gated_scan_norm": [
-        _ours("gated_scan_norm"),
+        *_ours("gated_scan_norm"),
         Provider("eager", _eager_gated_scan_norm),
         Provider("compiled", _compiled_gated_scan_norm),
         Provider("fla", _fla_gated_scan_norm, partial(_gpu_library, FLA_HGRN)),
     ],
     "context_update": [
-        _ours("context_update"),
+        *_ours("context_update", "cuda", "triton"),
         Provider("eager", lambda case: one_cell),
         Provider("compiled", lambda case: compiled(one_cell)),
     ],
     "context_scan": [
-        _ours("context_scan"),
+        *_ours("context_scan"),
         Provider("eager", lambda case: partial(loop_cell, cell), _too_many_steps),
         # LayerNorm in the loop leaves nothing to parallelise in time: the step is compiled, the loop stays.
         Provider("compiled", lambda case: partial(loop_cell, compiled(cell)), _too_many_steps),
     ],
     "layer_norm": [
-        _ours("layer_norm"),
+        *_ours("layer_norm", "cuda", "triton"),
         Provider("eager", lambda case: layer_norm),
         Provider("compiled", lambda case: compiled(layer_norm)),
         Provider("liger", _liger, partial(_gpu_library, LIGER)),
         Provider("fla", _fla_layer_norm, partial(_gpu_library, FLA_NORM)),
     ],
     "add_layer_norm": [
-        _ours("add_layer_norm"),
+        *_ours("add_layer_norm", "cuda", "triton"),
         Provider("eager", lambda case: add_layer_norm),
         Provider("compiled", lambda case: compiled(add_layer_norm)),
         Provider("fla", _fla_add_layer_norm, partial(_gpu_library, FLA_NORM)),

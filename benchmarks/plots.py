@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from report import COMPILED, EAGER, OURS, Key, Row, _overhead, best_compiled, gbps, grouped, share, speedup
 
 COLOURS = {
-    OURS: "#1b6ca8", EAGER: "#c2c2c2", COMPILED: "#e0943a", "loop": "#4d4d4d", "fla": "#5a9e6f", "liger": "#b5514d",
+    OURS: "#1b6ca8", "cuda": "#6fa8d6", "triton": "#a9cbe6", EAGER: "#c2c2c2", COMPILED: "#e0943a", "loop": "#4d4d4d", "fla": "#5a9e6f", "liger": "#b5514d",
     "accelerated-scan": "#8c6bb1", "accelerated-scan-triton": "#c9a6dd",
 }  # fmt: skip
 

@@ -6,7 +6,8 @@ Times steps of the Trainer that `newllm train` runs (data, autocast, loss, backw
     transformer            the baseline with as many parameters, as `newllm compare` builds it
     newllm, reference      the same model on the reference backend: plain PyTorch, a Python loop over time
 
-each without and with torch.compile, medians over the steps after a warm-up. Both runs of newllm are profiled as well.
+each without and with torch.compile (but for the reference, whose loop would be unrolled into a graph of as many steps),
+medians over the steps after a warm-up. Both runs of newllm are profiled as well. Results are written after every run.
 `python benchmarks/report.py FILE` prints a results file again.
 """
 
@@ -175,12 +176,14 @@ def main(arguments: list[str] | None = None) -> int:
         if backend == "reference" and args.no_reference:
             continue
         steps = min(config.steps, REFERENCE_STEPS) if backend == "reference" else config.steps
-        for compiled in (False, True)[: 1 if args.no_compile else 2]:
+        for compiled in (False, True)[: 1 if args.no_compile or backend == "reference" else 2]:
             print(f"{name}, {backend}{', compiled' if compiled else ''} ...", file=sys.stderr, flush=True)
             content["runs"].append(measure(name, of, backend, dataclasses.replace(config, compile=compiled), steps))
+            if args.results:
+                draft = args.results.with_name(f".{args.results.name}")
+                draft.write_text(json.dumps(content, indent=1) + "\n")
+                draft.replace(args.results)
     print(report.training_table(content))
-    if args.results:
-        args.results.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if any("failure" in run for run in content["runs"]) else 0
 
 

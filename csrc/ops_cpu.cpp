@@ -4,7 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "recurrences.h"
+#include "operators.h"
 
 namespace newllm {
 namespace {
@@ -15,12 +15,15 @@ void run_in_pytorchs_pool(int64_t count, int64_t grain, cpu::RangeFn fn, void* c
 
 int64_t pytorchs_threads() { return torch::stable::get_num_threads(); }
 
-// What recurrences.h calls.
+// What operators.h calls.
 struct Cpu {
+  static constexpr bool kParametersAsStored = false;
   static void run(const ScanArgs& args, const Tensor&) { cpu::scan_forward(args); }
   static void run(const ScanBackwardArgs& args, const Tensor&) { cpu::scan_backward(args); }
   static void run(const GatedScanArgs& args, const Tensor&) { cpu::gated_scan_forward(args); }
   static void run(const GatedScanBackwardArgs& args, const Tensor&) { cpu::gated_scan_backward(args); }
+  static void run(const LayerNormArgs& args, const Tensor&) { cpu::layer_norm_forward(args); }
+  static void run(const LayerNormBackwardArgs& args, const Tensor&) { cpu::layer_norm_backward(args); }
 };
 
 ContextArgs context_args(const Gates& gates, const Norm& norm, const Tensor& c0) {
@@ -110,67 +113,6 @@ ContextGradients context_update_backward(const Tensor& grad, const Tensor& f, co
   return context_backward(std::nullopt, grad, f, i, d, std::nullopt, c, weight, bias, eps, clamp);
 }
 
-// x, residual: (..., D).
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const OptionalTensor& residual_,
-                                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                                      double eps) {
-  const Rows x(x_);
-  const std::optional<Rows> residual = rows_of(residual_);
-  const Norm norm(x_, weight, bias, eps, 0);
-  LayerNormArgs args;
-  args.dtype = dtype_of(x_);
-  args.rows = x.count;
-  args.D = x.width;
-  args.norm = norm.params;
-  Tensor y = empty_of_shape(x_);
-  Tensor sum = residual ? empty_of_shape(x_) : empty<1>({0}, x_.scalar_type(), x_);
-  Tensor mean = empty<1>({args.rows}, acc_type(x_), x_), rstd = empty<1>({args.rows}, acc_type(x_), x_);
-  args.x = x.data();
-  args.x_stride = x.stride;
-  if (residual) {
-    args.residual = residual->data();
-    args.residual_stride = residual->stride;
-    args.sum = sum.data_ptr();
-  }
-  args.y = y.data_ptr();
-  args.mean = mean.data_ptr();
-  args.rstd = rstd.data_ptr();
-  cpu::layer_norm_forward(args);
-  return {y, sum, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_sum_,
-                                                       const Tensor& x_, const Tensor& mean, const Tensor& rstd,
-                                                       const OptionalTensor& weight) {
-  const Rows x(x_);
-  const std::optional<Rows> grad_y = rows_of(grad_y_), grad_sum = rows_of(grad_sum_);
-  const Norm norm(x_, weight, std::nullopt, 0, 0);
-  LayerNormBackwardArgs args;
-  args.dtype = dtype_of(x_);
-  args.rows = x.count;
-  args.D = x.width;
-  args.norm = norm.params;
-  Tensor grad_x = empty_of_shape(x_);
-  Tensor grad_weight = empty<1>({args.D}, acc_type(x_), x_), grad_bias = empty<1>({args.D}, acc_type(x_), x_);
-  if (grad_y) {
-    args.grad_y = grad_y->data();
-    args.grad_y_stride = grad_y->stride;
-  }
-  if (grad_sum) {
-    args.grad_sum = grad_sum->data();
-    args.grad_sum_stride = grad_sum->stride;
-  }
-  args.x = x.data();
-  args.x_stride = x.stride;
-  args.mean = mean.data_ptr();
-  args.rstd = rstd.data_ptr();
-  args.grad_x = grad_x.data_ptr();
-  args.grad_weight = grad_weight.data_ptr();
-  args.grad_bias = grad_bias.data_ptr();
-  cpu::layer_norm_backward(args);
-  return {grad_x, grad_weight, grad_bias};
-}
-
 }  // namespace
 }  // namespace newllm
 
@@ -185,8 +127,8 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CPU, m) {
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
   m.impl("context_scan", TORCH_BOX(&newllm::context_scan));
   m.impl("context_scan_backward", TORCH_BOX(&newllm::context_backward));
-  m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward));
+  m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cpu>));
+  m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cpu>));
 }
 
 // Read by newllm_kernels.native through ctypes: the instruction set that this processor and NEWLLM_CPU_ISA lead to.

@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/kernels.h"
-#include "recurrences.h"
+#include "operators.h"
 
 namespace newllm {
 namespace {
@@ -30,8 +30,10 @@ void check(cudaError_t error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, "newllm: CUDA kernel ", kernel, ": ", cudaGetErrorString(error));
 }
 
-// What recurrences.h calls.
+// What operators.h calls.
 struct Cuda {
+  static constexpr bool kParametersAsStored = true;
+
   template <class Args>
   static void run(const Args& args, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -62,6 +64,12 @@ struct Cuda {
   }
   static void launch(const GatedScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_backward(args, scratch, stream), "gated_scan_backward");
+  }
+  static void launch(const LayerNormArgs& args, const cuda::Scratch&, cudaStream_t stream) {
+    check(cuda::layer_norm_forward(args, stream), "layer_norm");
+  }
+  static void launch(const LayerNormBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::layer_norm_backward(args, scratch, stream), "layer_norm_backward");
   }
 };
 
@@ -131,6 +139,8 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cuda>));
   m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
   m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
+  m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cuda>));
+  m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
 }

@@ -177,20 +177,29 @@ inline std::optional<Rows> rows_of(const OptionalTensor& tensor) {
   return tensor ? std::optional<Rows>(Rows(*tensor)) : std::nullopt;
 }
 
-// A parameter (D) as the kernels read it: contiguous, in the accumulation type.
-inline OptionalTensor parameter(const OptionalTensor& tensor, ScalarType acc) {
+// A parameter (D) as the kernels read it: contiguous, in the accumulation type, or, where `as_stored` and it is of the
+// dtype of the rows, as it is.
+inline OptionalTensor parameter(const OptionalTensor& tensor, const Tensor& rows, bool as_stored) {
   if (!tensor) return std::nullopt;
-  return contiguous(tensor->scalar_type() == acc ? tensor : OptionalTensor(torch::stable::to(*tensor, acc)));
+  const ScalarType acc = acc_type(rows), own = tensor->scalar_type();
+  const bool fits = own == acc || (as_stored && own == rows.scalar_type());
+  return contiguous(fits ? tensor : OptionalTensor(torch::stable::to(*tensor, acc)));
 }
 
-// LayerNorm's parameters and, for the backward, their gradients. Weight and bias are (D) in acc.
+// LayerNorm's parameters (D).
 struct Norm {
   OptionalTensor weight, bias;
   NormParams params;
 
-  Norm(const Tensor& beside, const OptionalTensor& weight_, const OptionalTensor& bias_, double eps, double clamp_value)
-      : weight(parameter(weight_, acc_type(beside))), bias(parameter(bias_, acc_type(beside))) {
-    params = {data_or_null(weight), data_or_null(bias), eps, clamp_value};
+  Norm(const Tensor& rows, const OptionalTensor& weight_, const OptionalTensor& bias_, double eps, double clamp_value,
+       bool as_stored = false)
+      : weight(parameter(weight_, rows, as_stored)), bias(parameter(bias_, rows, as_stored)) {
+    params.weight = data_or_null(weight);
+    params.bias = data_or_null(bias);
+    if (weight) params.weight_dtype = dtype_of(*weight);
+    if (bias) params.bias_dtype = dtype_of(*bias);
+    params.eps = eps;
+    params.clamp_value = clamp_value;
   }
 };
 

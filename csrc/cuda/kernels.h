@@ -19,6 +19,10 @@ cudaError_t scan_backward(const ScanBackwardArgs& args, const Scratch& scratch, 
 cudaError_t gated_scan_forward(const GatedScanArgs& args, const Scratch& scratch, cudaStream_t stream);
 cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
+// Rows of up to 8192 elements.
+cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
+cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
+
 // Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
 // 2 * context_update_blocks(B) * D floats.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);

@@ -1,15 +1,14 @@
 // How a recurrence is cut for the device it runs on, and its launches.
 #pragma once
 
-#include <atomic>
-
+#include "device.h"
 #include "kernels.h"
 #include "recurrence.cuh"
 #include "recurrence_ops.cuh"
 
 namespace newllm::cuda {
 
-constexpr int kMostChunks = 256, kMostDevices = 64;
+constexpr int kMostChunks = 256;
 
 // Starts of the chunks of a sequence from their pairs; one thread a column, few columns and chunks.
 template <int kThreads>
@@ -45,8 +44,8 @@ struct Launch {
   // More than 48 KB of shared memory has to be asked for, once a device.
   static cudaError_t allow_shared_memory(int device) {
     static std::atomic<uint64_t> done{0};
-    const uint64_t bit = uint64_t(1) << (device % kMostDevices);
-    if (device < kMostDevices && (done.load(std::memory_order_relaxed) & bit)) return cudaSuccess;
+    const uint64_t bit = uint64_t(1) << device;
+    if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(kShared));
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
@@ -75,7 +74,7 @@ struct Launch {
   static int widest_cluster(int64_t clusters, int device) {
     static std::atomic<int> most[kMostDevices][kMostCluster + 1];  // clusters that fit, plus one; 0: not asked yet
     for (int size = kMostCluster; size > 1; --size) {
-      std::atomic<int>& known = most[device % kMostDevices][size];
+      std::atomic<int>& known = most[device][size];
       if (known.load(std::memory_order_relaxed) == 0) known.store(1 + clusters_that_fit(size, device));
       if (known.load(std::memory_order_relaxed) - 1 >= clusters) return size;
     }
@@ -103,30 +102,6 @@ struct Launch {
     return found;
   }
 };
-
-struct Device {
-  int index = 0, multiprocessors = 0, major = 0;
-};
-
-inline cudaError_t current_device(Device& device) {
-  static std::atomic<int> multiprocessors[kMostDevices], major[kMostDevices];
-  const cudaError_t error = cudaGetDevice(&device.index);
-  if (error != cudaSuccess) return error;
-  const int at = device.index % kMostDevices;
-  if (multiprocessors[at].load(std::memory_order_relaxed) == 0 || device.index >= kMostDevices) {
-    int found = 0, version = 0;
-    for (const auto& [name, value] :
-         {std::pair{cudaDevAttrMultiProcessorCount, &found}, std::pair{cudaDevAttrComputeCapabilityMajor, &version}}) {
-      const cudaError_t failed = cudaDeviceGetAttribute(value, name, device.index);
-      if (failed != cudaSuccess) return failed;
-    }
-    major[at].store(version);
-    multiprocessors[at].store(found);
-  }
-  device.multiprocessors = multiprocessors[at].load();
-  device.major = major[at].load();
-  return cudaSuccess;
-}
 
 // Tiles of an operation: steps a warp, warps, stages of a block alone and of one in a cluster.
 template <int R_, int W_, int STAGES_, int CLUSTER_R_, int CLUSTER_W_, int CLUSTER_STAGES_>

@@ -14,8 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from newllm_kernels import tuning
-from newllm_kernels import backends
+from newllm_kernels import backends, tuning
 from newllm_kernels.gated_scan_layer_norm import composed
 from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials
 from newllm_kernels.layer_norm.triton_tiles import WEIGHTS, RowTile, chosen, weights_tile

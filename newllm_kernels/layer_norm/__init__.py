@@ -8,6 +8,7 @@ from torch import Tensor
 
 from newllm_kernels import backends, checks
 from newllm_kernels.layer_norm import reference
+from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
 
@@ -130,4 +131,14 @@ backends.register(
     ),
 )
 backends.register("layer_norm", backends.native_implementation("layer_norm", "cpu", backends.supports_cpu))
-backends.register("layer_norm", backends.triton_implementation("layer_norm"))
+
+
+def _supports_cuda(call: backends.Call) -> Verdict:
+    if call.width > 8192:
+        return Verdict(False, f"keeps a row in registers: D up to 8192, got {call.width}")
+    return backends.supports_cuda(call)
+
+
+backends.register("layer_norm", backends.native_implementation("layer_norm", "cuda", _supports_cuda))
+# Measured on an H100: of the copy bandwidth Triton's reaches 87 to 97% forward where the CUDA kernel reaches 83 to 92.
+backends.register("layer_norm", backends.triton_implementation("layer_norm", rank=1))

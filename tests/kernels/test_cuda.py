@@ -1,6 +1,6 @@
-"""The CUDA C++ recurrences on a GPU, over every way through time. Elsewhere they are only compiled (test_build.py).
+"""The CUDA C++ kernels of scan, gated_scan and LayerNorm on a GPU. Elsewhere they are only compiled (test_build.py).
 
-With how many columns and steps which way is taken depends on the GPU: on one of 132 multiprocessors, 64 columns a block,
+With how many columns and steps a recurrence takes which way depends on the GPU: on one of 132 multiprocessors, 64 columns a block,
 99 blocks and more go alone, 9 to 66 in clusters of 7 to 2, and fewer in chunks.
 """
 
@@ -21,7 +21,14 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUNCTIONS = ("scan", "gated_scan", "gated_scan_packed")
-OF_FUNCTIONS = [name for name in VARIANTS if name.startswith(("scan", "gated_scan")) and "layer_norm" not in name]
+NORMS = ("layer_norm", "add_layer_norm")
+OF_FUNCTIONS = [
+    name
+    for name in VARIANTS
+    if name.startswith(("scan", "gated_scan", *NORMS)) and not name.startswith("gated_scan_layer")
+]
+# Every layout of a row: parts of a warp, a warp, several; whole vectors and not; one row, and more than the blocks at a time.
+WIDTHS = [5, 7, 33, 64, 100, 256, 260, 512, 1000, 1024, 2048, 4096, 4097, 8192]
 
 # (B, T, D). Rows of 16 bytes and not; whole windows and not; sizes of {1, 7, 33, 1000, 4097}.
 SHAPES = [
@@ -61,6 +68,33 @@ def test_truth(function, shape, dtype):
     check(place(make(function, *shape, dtype)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("function", NORMS)
+def test_rows(function, D, dtype):
+    for rows in (1, 7, 1000 if D > 1024 else 20_000):
+        check(place(make(function, 1, rows, D, dtype)))
+
+
+@pytest.mark.parametrize("affine_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [33, 64])
+def test_parameters_of_another_dtype(D, affine_dtype):
+    check(place(make("layer_norm", 2, 9, D, torch.bfloat16, affine_dtype=affine_dtype)))
+
+
+@pytest.mark.parametrize("function", NORMS)
+def test_rows_too_wide_are_refused_by_name(function):
+    with pytest.raises(nk.BackendError, match="D up to 8192, got 8200"):
+        place(make(function, 1, 3, 8200)).run()
+
+
+def test_a_row_that_overflows_a_sum_of_squares():
+    """The variance is of centred values: a large mean takes nothing from it."""
+    x = torch.randn(50, 1024, device="cuda") + 1e4
+    want = torch.nn.functional.layer_norm(x.double(), (1024,)).float()
+    assert (nk.layer_norm(x) - want).abs().max() < 5e-3  # float32 holds the values themselves to 5e-4
+
+
 @pytest.mark.parametrize("shape", [(2, 300, 64), (1, 5000, 1024), (1, 20000, 64), (1, 300, 5)], ids=str)
 @pytest.mark.parametrize("options", [{"state": None}, {"reverse": True}, {"reverse": True, "state": None}], ids=str)
 def test_options(shape, options):
@@ -76,7 +110,7 @@ def test_packed_sequences(function, D):
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + NORMS)
 def test_layouts(function, layout):
     check(laid_out(place(make(function, 2, 300, 64)), layout))
 
@@ -86,8 +120,8 @@ def test_any_shape_stride_and_alignment():
     torch.manual_seed(0)
     choose = random.Random(0)
     for _ in range(40):
-        function, dtype = choose.choice(FUNCTIONS), choose.choice(DTYPES)
-        B, T, D = choose.choice([1, 1, 2, 9]), choose.randrange(1, 3000), choose.choice([1, 3, 8, 33, 64, 100, 264])
+        function, dtype = choose.choice(FUNCTIONS + NORMS), choose.choice(DTYPES)
+        B, T, D = choose.choice([1, 1, 2, 9]), choose.randrange(1, 3000), choose.choice([5, 7, 8, 33, 64, 100, 264])
         problem = place(make(function, B, T, D, dtype))
         for name, x in problem.tensors.items():
             if x.dim() == 3:
@@ -99,7 +133,7 @@ def test_any_shape_stride_and_alignment():
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 33), (2, 4096, 4096), (1, 5000, 1024), (1, 20000, 64)], ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + NORMS)
 def test_same_bits_on_many_streams(function, shape):
     """Calls that share the GPU with others get the bits of a call alone: nothing depends on the order of blocks."""
     problem = place(make(function, *shape, torch.bfloat16))
@@ -128,7 +162,7 @@ def test_nan_shows_where_it_belongs(function, shape):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + NORMS)
 def test_empty_batch(function):
     problem = place(make(function, 2, 5, 7))
     empty = replace(problem, tensors={k: x[:0] if x.dim() > 1 else x for k, x in problem.tensors.items()})
@@ -152,7 +186,7 @@ def test_compiled_code_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("shape", [(4, 256, 64), (1, 5000, 1024), (1, 20000, 64)], ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS + NORMS)
 def test_cuda_graph_replays(function, shape):
     problem = place(make(function, *shape))
     with torch.no_grad():

@@ -1,5 +1,6 @@
-// `scan` and `gated_scan` as operators, for CPU and CUDA alike: from tensors to arguments and back. A Backend has
-// run(arguments, a tensor of the call) for each of the four kinds of arguments.
+// `scan`, `gated_scan` and `layer_norm` as operators, for CPU and CUDA alike: from tensors to arguments and back. A
+// Backend has run(arguments, a tensor of the call) for each kind of arguments, and says whether its LayerNorm reads
+// weight and bias in the dtype of the rows.
 #pragma once
 
 #include <tuple>
@@ -109,6 +110,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTen
   args.grad_c0 = grad_c0.data_ptr();
   Backend::run(args, f);
   return {grads.first, grads.second, grads.third, grad_c0};
+}
+
+// x, residual: (..., D).
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const OptionalTensor& residual_,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      double eps) {
+  const Rows x(x_);
+  const std::optional<Rows> residual = rows_of(residual_);
+  const Norm norm(x_, weight, bias, eps, 0, Backend::kParametersAsStored);
+  LayerNormArgs args;
+  args.dtype = dtype_of(x_);
+  args.rows = x.count;
+  args.D = x.width;
+  args.norm = norm.params;
+  Tensor y = empty_of_shape(x_);
+  Tensor sum = residual ? empty_of_shape(x_) : empty<1>({0}, x_.scalar_type(), x_);
+  Tensor mean = empty<1>({args.rows}, acc_type(x_), x_), rstd = empty<1>({args.rows}, acc_type(x_), x_);
+  args.x = x.data();
+  args.x_stride = x.stride;
+  if (residual) {
+    args.residual = residual->data();
+    args.residual_stride = residual->stride;
+    args.sum = sum.data_ptr();
+  }
+  args.y = y.data_ptr();
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  Backend::run(args, x_);
+  return {y, sum, mean, rstd};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_sum_,
+                                                       const Tensor& x_, const Tensor& mean, const Tensor& rstd,
+                                                       const OptionalTensor& weight) {
+  const Rows x(x_);
+  const std::optional<Rows> grad_y = rows_of(grad_y_), grad_sum = rows_of(grad_sum_);
+  const Norm norm(x_, weight, std::nullopt, 0, 0, Backend::kParametersAsStored);
+  LayerNormBackwardArgs args;
+  args.dtype = dtype_of(x_);
+  args.rows = x.count;
+  args.D = x.width;
+  args.norm = norm.params;
+  Tensor grad_x = empty_of_shape(x_);
+  Tensor grad_weight = empty<1>({args.D}, acc_type(x_), x_), grad_bias = empty<1>({args.D}, acc_type(x_), x_);
+  if (grad_y) {
+    args.grad_y = grad_y->data();
+    args.grad_y_stride = grad_y->stride;
+  }
+  if (grad_sum) {
+    args.grad_sum = grad_sum->data();
+    args.grad_sum_stride = grad_sum->stride;
+  }
+  args.x = x.data();
+  args.x_stride = x.stride;
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  args.grad_x = grad_x.data_ptr();
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  Backend::run(args, x_);
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace newllm
