@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +67,18 @@ def test_a_missing_c_module_says_how_to_build_it(monkeypatch):
     monkeypatch.delattr(nk, "_C", raising=False)
     with pytest.raises(ImportError, match=r"newllm_kernels._C is not built for Python 3\.\d+: pip install -e \."):
         native.build_info()
+
+
+@pytest.mark.skipif(not native.has_cuda_kernels(), reason="built without nvcc")
+def test_no_recurrence_spills_registers():
+    """A thread that walks time with part of its state in local memory would pay for it at every step."""
+    tool = Path(__file__).parents[2] / "tools" / "resources.py"
+    done = subprocess.run([sys.executable, tool, "--all"], capture_output=True, text=True, check=False)
+    if "cuobjdump was not found" in done.stderr:
+        pytest.skip("needs cuobjdump")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    stacks = {tuple(line[:2]): int(line[5]) for line in lines if line[1].startswith("recurrence_kernel")}
+    assert any("ScanForward" in kernel for _, kernel in stacks)
+    assert any("GatedBackward nv_bfloat16" in kernel for _, kernel in stacks)
+    assert not any(stacks.values()), {kernel for kernel, stack in stacks.items() if stack}
