@@ -35,12 +35,16 @@ class BackendError(ValueError):
     """The backend that was asked for cannot serve this call."""
 
 
+SMALL = 2**20  # elements: what a GPU computes in less time than the host needs for the call
+
+
 class Call(NamedTuple):
-    """What of a call decides who can serve it."""
+    """What of a call decides who can serve it, and who does it best."""
 
     device: torch.device
     dtype: torch.dtype
     width: int  # D
+    small: bool = False  # of no more than SMALL elements
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Implementation:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     supports: Callable[[Call], Verdict]
-    rank: int = 0  # for `auto`, where measurement contradicts the order of BACKENDS
+    rank: Callable[[Call], int] = lambda call: 0  # for `auto`, where measurement contradicts the order of BACKENDS
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -105,12 +109,12 @@ def operations() -> tuple[str, ...]:
 
 def select(operation: str, like: Tensor, width: int) -> Implementation:
     """The implementation that serves this call; `like` is the tensor whose device and dtype decide."""
-    key = (operation, _chosen, like.device, like.dtype, width)
+    key = (operation, _chosen, like.device, like.dtype, width, like.numel() <= SMALL)
     found = _cache.get(key)
     if found is None:
         if len(_cache) > 4096:  # widths are few in practice; a process that sees thousands must not grow without end
             _cache.clear()
-        found = _cache[key] = _choose(operation, Call(like.device, like.dtype, width))
+        found = _cache[key] = _choose(operation, Call(*key[2:]))
     return found
 
 
@@ -126,9 +130,9 @@ def verdicts(operation: str, call: Call) -> dict[str, Verdict]:
     return answers
 
 
-def _best(operation: str, answers: dict[str, Verdict]) -> str:
+def _best(operation: str, call: Call, answers: dict[str, Verdict]) -> str:
     able = [backend for backend in BACKENDS if answers[backend].ok]
-    return max(able, key=lambda backend: _registry[operation][backend].rank)  # the first of equals
+    return max(able, key=lambda backend: _registry[operation][backend].rank(call))  # the first of equals
 
 
 def _choose(operation: str, call: Call) -> Implementation:
@@ -139,7 +143,7 @@ def _choose(operation: str, call: Call) -> Implementation:
                 f"{operation}: the backend {_chosen!r} cannot serve this call: {answers[_chosen].reason}"
             )
         return _registry[operation][_chosen]
-    best = _best(operation, answers)
+    best = _best(operation, call, answers)
     if best == "reference" and (operation, call.device.type) not in _warned:
         _warned.add((operation, call.device.type))
         reasons = "; ".join(f"{backend}: {answer.reason}" for backend, answer in answers.items() if not answer.ok)
@@ -166,13 +170,15 @@ def explain(operation: str, *args: Any, **kwargs: Any) -> str:
     if tensor is None:
         raise TypeError("explain: wanted the arguments of the call, at least one tensor among them")
     width = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1]
-    call = Call(tensor.device, tensor.dtype, width)
+    call = Call(tensor.device, tensor.dtype, width, tensor.numel() <= SMALL)
     answers = verdicts(name, call)
-    taken = _best(name, answers) if _chosen == "auto" else _chosen if answers[_chosen].ok else None
+    taken = _best(name, call, answers) if _chosen == "auto" else _chosen if answers[_chosen].ok else None
     lines = [f"{operation} of {call.dtype} on {call.device}, width {call.width} (choice: {_chosen})"]
     for backend, answer in answers.items():
         mark = "->" if backend == taken else "  "
-        lines.append(f"{mark} {backend:<10} {'yes' if answer.ok else 'no '}  {answer.reason}")
+        earlier = taken is not None and answer.ok and BACKENDS.index(backend) < BACKENDS.index(taken)
+        why = "; measured slower for this call" if _chosen == "auto" and earlier else ""
+        lines.append(f"{mark} {backend:<10} {'yes' if answer.ok else 'no '}  {answer.reason}{why}")
     if taken is None:
         lines.append(f"   the call would raise: {_chosen!r} cannot serve it")
     text = "\n".join(lines)
@@ -237,7 +243,10 @@ def supports_triton(call: Call) -> Verdict:
 
 
 def triton_implementation(
-    operation: str, module: str | None = None, supports: Callable[[Call], Verdict] = supports_triton, rank: int = 0
+    operation: str,
+    module: str | None = None,
+    supports: Callable[[Call], Verdict] = supports_triton,
+    rank: Callable[[Call], int] = lambda call: 0,
 ) -> Implementation:
     """Functions <operation> and <operation>_backward of newllm_kernels.<operation>.triton, imported at their first call."""
 
@@ -252,7 +261,7 @@ def triton_implementation(
 
 
 def native_implementation(
-    operation: str, backend: str, supports: Callable[[Call], Verdict], rank: int = 0
+    operation: str, backend: str, supports: Callable[[Call], Verdict], rank: Callable[[Call], int] = lambda call: 0
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:

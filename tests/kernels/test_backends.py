@@ -167,6 +167,22 @@ def test_explain_says_that_a_forced_call_would_raise():
     assert text.endswith("the call would raise: 'cuda' cannot serve it")
 
 
+def test_the_size_of_a_call_may_decide(monkeypatch, clean_choice):
+    """Of two backends that can serve, a rank makes `auto` take the later one; LayerNorm's on a GPU is such a rank."""
+
+    def able(backend, rank=lambda call: 0):
+        return backends.Implementation(backend, None, None, lambda call: backends.Verdict(True, "a test"), rank)
+
+    later = able("triton", backends._registry["layer_norm"]["triton"].rank)
+    monkeypatch.setitem(backends._registry, "layer_norm", {"cuda": able("cuda"), "triton": later})
+    small, large = torch.empty(2, 8), torch.empty(backends.SMALL // 8 + 1, 8)
+    assert [backends.select("layer_norm", x, 8).backend for x in (small, large)] == ["cuda", "triton"]
+    assert "measured slower" not in nk.explain("layer_norm", small)
+    lines = nk.explain("layer_norm", large).splitlines()[1:]
+    assert lines[0].startswith("   cuda       yes  a test; measured slower")
+    assert lines[1].startswith("-> triton")
+
+
 @pytest.mark.parametrize("operation", ["scan", "gated_scan", "context_update", "context_scan", "layer_norm"])
 def test_explain_agrees_with_what_runs(operation, clean_choice):
     x = torch.ones(1, 2, 3)
