@@ -27,6 +27,7 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
   STD_TORCH_CHECK(error == cudaSuccess, "newllm: CUDA kernel ", kernel, ": ", cudaGetErrorString(error));
 }
 
@@ -148,4 +149,12 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
 // Read by newllm_kernels.native through ctypes.
 extern "C" __attribute__((visibility("default"))) int64_t newllm_context_update_max_width(int device) {
   return newllm::cuda::context_update_max_width(device);
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_memory() {
+  return newllm::cuda::scan_shared_memory();
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shared_memory() {
+  return newllm::cuda::gated_scan_shared_memory();
 }

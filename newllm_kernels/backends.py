@@ -215,6 +215,24 @@ def supports_cuda(call: Call) -> Verdict:
     return Verdict(True, f"CUDA C++, {torch.cuda.get_device_name(call.device)}")
 
 
+def supports_cuda_recurrence(operation: str) -> Callable[[Call], Verdict]:
+    """Of "scan" and "gated_scan", whose windows of time wait in shared memory: 99 KB a block, as GeForces have, are too few."""
+
+    def supports(call: Call) -> Verdict:
+        verdict = supports_cuda(call)
+        if verdict.ok:
+            needs = native.cuda_shared_memory(operation)
+            has = torch.cuda.get_device_properties(call.device).shared_memory_per_block_optin
+            if has < needs:
+                return Verdict(
+                    False,
+                    f"needs {needs} bytes of shared memory a block, {torch.cuda.get_device_name(call.device)} has {has}",
+                )
+        return verdict
+
+    return supports
+
+
 @functools.cache
 def _triton_version() -> str | None:
     try:
@@ -265,8 +283,7 @@ def native_implementation(
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
-        forward = getattr(torch.ops.newllm_native, operation).default
-        backward = getattr(torch.ops.newllm_native, f"{operation}_backward").default
+        forward, backward = _native_operator(operation), _native_operator(f"{operation}_backward")
     else:
 
         def forward(*args: Any) -> Any:
@@ -274,3 +291,9 @@ def native_implementation(
 
         backward = forward
     return Implementation(backend, forward, backward, supports, rank)
+
+
+def _native_operator(name: str) -> Callable[..., Any]:
+    """newllm_native::<name>, as what its OpOverload calls: a frame of Python less."""
+    overload = getattr(torch.ops.newllm_native, name).default
+    return getattr(overload, "_op", overload)

@@ -57,6 +57,14 @@ def cuda_context_update_max_width(device: int) -> int:
     return function(ctypes.c_int(device))
 
 
+@functools.cache
+def cuda_shared_memory(operation: str) -> int:
+    """Bytes of shared memory that a block of the CUDA kernels of "scan" or "gated_scan" may take."""
+    function = getattr(_handle(), f"newllm_{operation}_shared_memory")
+    function.restype = ctypes.c_int64
+    return function()
+
+
 def build_info() -> dict[str, str]:
     """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
     try:

@@ -64,6 +64,11 @@ def define(
 PLAIN, RECORDED, TRACED = range(3)
 
 
+# What needs no look at its base classes.
+_NO_TENSORS = frozenset((type(None), bool, int, float, list, tuple))
+_TENSORS = frozenset((Tensor, Parameter))
+
+
 def _observed() -> bool:
     """Whether a torch_dispatch mode (tracing, counting) or a functorch transform (vmap, grad) is on."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
@@ -81,9 +86,9 @@ def _way(args: tuple[Any, ...]) -> int:
     recording, way = torch.is_grad_enabled(), PLAIN
     for arg in args:
         kind = type(arg)
-        if kind is Tensor or kind is Parameter:
+        if kind in _TENSORS:
             if recording and arg.requires_grad:
                 way = RECORDED
-        elif isinstance(arg, Tensor):
+        elif kind not in _NO_TENSORS and isinstance(arg, Tensor):
             return TRACED
     return way

@@ -144,10 +144,11 @@ __global__ void __launch_bounds__(kThreads)
   grad_bias[k] = b;
 }
 
-// Raises the limit on dynamic shared memory where more than the default 48 KB is wanted, then launches.
+// Raises the limit on dynamic shared memory where more than the default 48 KB, static memory included, is wanted, then
+// launches.
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, int64_t blocks, size_t shared, cudaStream_t stream, const Args&... args) {
-  if (shared > 48 * 1024) {
+  if (shared > 47 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;

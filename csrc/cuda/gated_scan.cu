@@ -3,6 +3,18 @@
 #include "recurrence_launch.cuh"
 
 namespace newllm::cuda {
+namespace {
+
+using Forward16 = Tiles<16, 8, 2, 16, 8, 3>;
+using Forward32 = Tiles<8, 8, 2, 8, 8, 3>;
+using Backward16 = Tiles<8, 8, 2, 8, 8, 3>;
+using Backward32 = Tiles<4, 8, 2, 4, 8, 3>;
+
+}  // namespace
+
+int64_t gated_scan_shared_memory() {
+  return most(kSharedMemory<GatedForward, Forward16, Forward32>, kSharedMemory<GatedBackward, Backward16, Backward32>);
+}
 
 cudaError_t gated_scan_forward(const GatedScanArgs& args, const Scratch& scratch, cudaStream_t stream) {
   RecurrenceArgs run = recurrence_args(args.shape);
@@ -12,8 +24,7 @@ cudaError_t gated_scan_forward(const GatedScanArgs& args, const Scratch& scratch
   run.out[0] = args.c;
   run.start = static_cast<const float*>(args.c0);
   run.last = static_cast<float*>(args.c_last);
-  return run_recurrence<GatedForward, Tiles<16, 8, 2, 16, 8, 3>, Tiles<8, 8, 2, 8, 8, 3>>(run, args.shape, scratch,
-                                                                                          stream);
+  return run_recurrence<GatedForward, Forward16, Forward32>(run, args.shape, scratch, stream);
 }
 
 cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream) {
@@ -30,8 +41,7 @@ cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch
   run.edge = static_cast<const float*>(args.c0);
   run.last = static_cast<float*>(args.grad_c0);
   run.from_end = true;
-  return run_recurrence<GatedBackward, Tiles<8, 8, 2, 8, 8, 3>, Tiles<4, 8, 2, 4, 8, 3>>(run, args.shape, scratch,
-                                                                                         stream);
+  return run_recurrence<GatedBackward, Backward16, Backward32>(run, args.shape, scratch, stream);
 }
 
 }  // namespace newllm::cuda

@@ -19,6 +19,10 @@ cudaError_t scan_backward(const ScanBackwardArgs& args, const Scratch& scratch, 
 cudaError_t gated_scan_forward(const GatedScanArgs& args, const Scratch& scratch, cudaStream_t stream);
 cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
+// What a block of them may take of shared memory, in bytes.
+int64_t scan_shared_memory();
+int64_t gated_scan_shared_memory();
+
 // Rows of up to 8192 elements.
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);

@@ -48,6 +48,10 @@ cudaError_t forward(const LayerNormRun& run, cudaStream_t stream) {
                                       : forward<T, ALIGNED, LPR, WPR, VPT, false>(run, stream);
 }
 
+// Shared memory of the backward's widest row, and from where on it has to be asked for: 48 KB, static memory included.
+// It is asked for whole, so that no thread lowers the limit before another's launch.
+constexpr int64_t kMostShared = 2 * 8192 * sizeof(float), kAskedFor = 47 * 1024;
+
 template <class T, bool ALIGNED, int LPR, int WPR, int VPT>
 cudaError_t backward(LayerNormBackwardRun run, const Scratch& scratch, cudaStream_t stream) {
   using Layout = RowLayout<T, LPR, WPR, VPT, ALIGNED>;
@@ -56,8 +60,8 @@ cudaError_t backward(LayerNormBackwardRun run, const Scratch& scratch, cudaStrea
   Device device;
   int64_t resident = 0;
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess && shared > 48 * 1024) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess && shared > kAskedFor) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMostShared));
   }
   if (error == cudaSuccess) error = resident_blocks<kKernel, Layout::kThreads>(device, shared, resident);
   if (error != cudaSuccess) return error;

@@ -79,24 +79,33 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// e^-x for a sigmoid. Past x = -87 it would overflow, and slopes become 0 * inf; NaN stays.
-__device__ __forceinline__ float exp_minus(float x) { return exp2_fast((x < -87.0f ? 87.0f : -x) * kLog2e); }
+// e^-x for a sigmoid. Past x = -88 it would overflow, and slopes become 0 * inf; NaN stays. At 88 the reciprocal is
+// below 2^-126 and flushed, so that the sigmoid of -inf is 0.
+__device__ __forceinline__ float exp_minus(float x) { return exp2_fast((x < -88.0f ? 88.0f : -x) * kLog2e); }
 
 struct Activation {
   float value, slope;
 };
 
-// s = 1 / (1 + e^-x), s' = s^2 e^-x, which keeps its relative accuracy where 1 - s would cancel. The hardware's
-// approximations of exponential and reciprocal are good to 2 units in float32's last place.
+// s = 1 / (1 + e^-x), s' = s^2 e^-x, which keeps its relative accuracy where 1 - s would cancel; s^2 alone would
+// underflow. The hardware's approximations of exponential and reciprocal are good to 2 units in float32's last place.
 __device__ __forceinline__ Activation sigmoid_fast(float x) {
   const float e = exp_minus(x), s = reciprocal_fast(1.0f + e);
-  return {s, s * s * e};
+  return {s, s * (s * e)};
 }
 
-// tanh by e^-2|x|: t = (1 - e) / (1 + e), t' = 4 e / (1 + e)^2.
+// tanh |x| = (1 - e) / (1 + e) with e = e^-2|x|: the numerator. Near 0, where 1 - e cancels, from tanh's own series,
+// which is good to 3e-9 below 1/16.
+__device__ __forceinline__ float tanh_numerator(float x, float e) {
+  const float square = x * x;
+  const float series = fabsf(x) * fmaf(square, fmaf(square, 2.0f / 15.0f, -1.0f / 3.0f), 1.0f);
+  return fabsf(x) < 0.0625f ? series * (1.0f + e) : 1.0f - e;
+}
+
+// tanh, and t' = 4 e / (1 + e)^2.
 __device__ __forceinline__ Activation tanh_fast(float x) {
   const float e = exp2_fast(-2.0f * kLog2e * fabsf(x)), r = reciprocal_fast(1.0f + e);
-  return {copysignf((1.0f - e) * r, x), 4.0f * e * r * r};
+  return {copysignf(tanh_numerator(x, e) * r, x), 4.0f * e * r * r};
 }
 
 }  // namespace newllm::cuda

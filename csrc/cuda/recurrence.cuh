@@ -2,12 +2,11 @@
 // operation (recurrence_ops.cuh) says how a and b come from its inputs and what it writes.
 //
 //     columns    a block owns 64 neighbouring columns, a thread two of them: a row of a warp is one cache line of
-//     16-bit
-//                storage
-//     time       a block walks windows of W * R steps, R steps a warp. Each warp copies its own rows of the next STAGES
-//     - 1
-//                windows into its part of shared memory while it computes. It hands the product and end (A, B) of its
-//                steps to the other warps: one barrier a window, and no step waits for another warp's memory.
+//                16-bit storage
+//     time       a block walks windows of W * R steps, R steps a warp. Each warp copies its own rows of the next
+//                STAGES - 1 windows into its part of shared memory while it computes. It hands the product and end
+//                (A, B) of its steps to the other warps: one barrier a window, and no step waits for another warp's
+//                memory.
 //     cluster    where columns are too few to fill the GPU, up to 8 blocks of a cluster take a window each at the same
 //                time, and send the window's (A, B) to each other through distributed shared memory. CUDA starts the
 //                blocks of a cluster together, which is all that the waiting relies on.
@@ -42,14 +41,18 @@ struct RecurrenceArgs {
   bool from_end = false;  // walk time from the end
 };
 
-__host__ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-__host__ __device__ __forceinline__ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+__host__ __device__ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// a x + b, where a is the product of many decays: one that has overflowed must not make a NaN of a state of zero.
+__device__ __forceinline__ float advance(float a, float x, float b) { return x == 0.0f ? b : fmaf(a, x, b); }
 
 // s -> a s + b for a thread's two columns.
 struct alignas(16) Pair {
   float a[2] = {1.0f, 1.0f}, b[2] = {0.0f, 0.0f};
 
-  __device__ __forceinline__ void then(const Pair& next) {
+  // The next step.
+  __device__ __forceinline__ void then_step(const Pair& next) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       b[v] = fmaf(next.a[v], b[v], next.b[v]);
@@ -57,9 +60,18 @@ struct alignas(16) Pair {
     }
   }
 
+  // Many steps.
+  __device__ __forceinline__ void then(const Pair& next) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      b[v] = advance(next.a[v], b[v], next.b[v]);
+      a[v] *= next.a[v];
+    }
+  }
+
   __device__ __forceinline__ void move(float (&state)[2]) const {
 #pragma unroll
-    for (int v = 0; v < 2; ++v) state[v] = fmaf(a[v], state[v], b[v]);
+    for (int v = 0; v < 2; ++v) state[v] = advance(a[v], state[v], b[v]);
   }
 };
 
@@ -222,7 +234,7 @@ struct Recurrence {
       Pair next;
 #pragma unroll
       for (int v = 0; v < 2; ++v) Op::pair(x[v], kept[r][v], next.a[v], next.b[v]);
-      if (r < there) own.then(next);
+      if (r < there) own.then_step(next);
     }
     return own;
   }

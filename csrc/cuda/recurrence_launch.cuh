@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 8
   for (int64_t chunk = n * chunks; chunk < (n + 1) * chunks; ++chunk) {
     starts[chunk * D + column] = state;
-    state = fmaf(pairs[2 * chunk * D + column], state, pairs[(2 * chunk + 1) * D + column]);
+    state = advance(pairs[2 * chunk * D + column], state, pairs[(2 * chunk + 1) * D + column]);
   }
 }
 
@@ -40,14 +40,20 @@ template <class Op, class T, int R, int W, int STAGES, bool ALIGNED, bool CLUSTE
 struct Launch {
   static constexpr auto kKernel = recurrence_kernel<Op, T, R, W, STAGES, ALIGNED, CLUSTER, PAIRS>;
   static constexpr size_t kShared = sizeof(typename Recurrence<Op, T, R, W, STAGES, ALIGNED, CLUSTER, PAIRS>::Shared);
+  static_assert(kShared <= (CLUSTER ? 227 : 163) * 1024);  // of compute capability 9.0 and 8.0
 
-  // More than 48 KB of shared memory has to be asked for, once a device.
+  // More than 48 KB of shared memory has to be asked for, once a device. In clusters all that a block can have, for
+  // clusters_that_fit: no thread may lower the limit while another asks there.
   static cudaError_t allow_shared_memory(int device) {
     static std::atomic<uint64_t> done{0};
     const uint64_t bit = uint64_t(1) << device;
     if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(kShared));
+    int bytes = int(kShared);
+    cudaError_t error = cudaSuccess;
+    if (CLUSTER) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }
@@ -75,7 +81,11 @@ struct Launch {
     static std::atomic<int> most[kMostDevices][kMostCluster + 1];  // clusters that fit, plus one; 0: not asked yet
     for (int size = kMostCluster; size > 1; --size) {
       std::atomic<int>& known = most[device][size];
-      if (known.load(std::memory_order_relaxed) == 0) known.store(1 + clusters_that_fit(size, device));
+      if (known.load(std::memory_order_relaxed) == 0) {
+        const int fit = clusters_that_fit(size, device);
+        if (fit == 0) cudaGetLastError();  // of a question that failed: or the next launch would report it
+        known.store(1 + fit);
+      }
       if (known.load(std::memory_order_relaxed) - 1 >= clusters) return size;
     }
     return 1;
@@ -84,8 +94,13 @@ struct Launch {
  private:
   static int clusters_that_fit(int size, int device) {
     int shared = 0, found = 0;
+    cudaFuncAttributes attributes;
+    const void* kernel = reinterpret_cast<const void*>(kKernel);
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
+    if (attributes.ptxVersion < 90) return 0;  // compiled on loading from PTX of an architecture without clusters
     if (allow_shared_memory(device) != cudaSuccess) return 0;
     if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    if (kShared > size_t(shared)) return 0;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(size));
     config.blockDim = dim3(32 * W);
@@ -96,8 +111,6 @@ struct Launch {
     attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
     config.attrs = attribute;
     config.numAttrs = 1;
-    const void* kernel = reinterpret_cast<const void*>(kKernel);
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return 0;
     if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) != cudaSuccess) found = 0;
     return found;
   }
@@ -157,6 +170,12 @@ cudaError_t run_recurrence(RecurrenceArgs args, int64_t N, const Scratch& scratc
   args.start = starts;
   return Alone::run(args, blocks * args.chunks, device.index, stream);
 }
+
+// What a block alone takes of shared memory, at most: every call may come to that.
+template <class Op, class Tiles16, class Tiles32>
+constexpr int64_t kSharedMemory =
+    most(Launch<Op, __half, Tiles16::R, Tiles16::W, Tiles16::STAGES, true, false, false>::kShared,
+         Launch<Op, float, Tiles32::R, Tiles32::W, Tiles32::STAGES, true, false, false>::kShared);
 
 // Calls run_recurrence for the dtype of storage; Tiles16 and Tiles32 for 16 and 32 bits.
 template <class Op, class Tiles16, class Tiles32>

@@ -3,6 +3,18 @@
 #include "recurrence_launch.cuh"
 
 namespace newllm::cuda {
+namespace {
+
+using Forward16 = Tiles<8, 8, 3, 16, 12, 3>;
+using Forward32 = Tiles<8, 8, 2, 8, 12, 3>;
+using Backward16 = Tiles<12, 8, 2, 16, 8, 3>;
+using Backward32 = Tiles<8, 8, 2, 4, 16, 3>;
+
+}  // namespace
+
+int64_t scan_shared_memory() {
+  return most(kSharedMemory<ScanForward, Forward16, Forward32>, kSharedMemory<ScanBackward, Backward16, Backward32>);
+}
 
 cudaError_t scan_forward(const ScanArgs& args, const Scratch& scratch, cudaStream_t stream) {
   RecurrenceArgs run = recurrence_args(args.shape);
@@ -12,8 +24,7 @@ cudaError_t scan_forward(const ScanArgs& args, const Scratch& scratch, cudaStrea
   run.start = static_cast<const float*>(args.h0);
   run.last = static_cast<float*>(args.h_last);
   run.from_end = args.reverse;
-  return run_recurrence<ScanForward, Tiles<8, 8, 3, 16, 12, 3>, Tiles<8, 8, 2, 8, 12, 3>>(run, args.shape, scratch,
-                                                                                          stream);
+  return run_recurrence<ScanForward, Forward16, Forward32>(run, args.shape, scratch, stream);
 }
 
 cudaError_t scan_backward(const ScanBackwardArgs& args, const Scratch& scratch, cudaStream_t stream) {
@@ -27,8 +38,7 @@ cudaError_t scan_backward(const ScanBackwardArgs& args, const Scratch& scratch, 
   run.edge = static_cast<const float*>(args.h0);
   run.last = static_cast<float*>(args.grad_h0);
   run.from_end = !args.reverse;
-  return run_recurrence<ScanBackward, Tiles<12, 8, 2, 16, 8, 3>, Tiles<8, 8, 2, 4, 16, 3>>(run, args.shape, scratch,
-                                                                                           stream);
+  return run_recurrence<ScanBackward, Backward16, Backward32>(run, args.shape, scratch, stream);
 }
 
 }  // namespace newllm::cuda

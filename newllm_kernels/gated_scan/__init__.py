@@ -130,5 +130,7 @@ backends.register(
     ),
 )
 backends.register("gated_scan", backends.native_implementation("gated_scan", "cpu", backends.supports_cpu))
-backends.register("gated_scan", backends.native_implementation("gated_scan", "cuda", backends.supports_cuda))
+backends.register(
+    "gated_scan", backends.native_implementation("gated_scan", "cuda", backends.supports_cuda_recurrence("gated_scan"))
+)
 backends.register("gated_scan", backends.triton_implementation("gated_scan"))

@@ -101,5 +101,5 @@ backends.register(
     backends.Implementation("reference", reference.scan, reference.scan_backward, backends.supports_reference),
 )
 backends.register("scan", backends.native_implementation("scan", "cpu", backends.supports_cpu))
-backends.register("scan", backends.native_implementation("scan", "cuda", backends.supports_cuda))
+backends.register("scan", backends.native_implementation("scan", "cuda", backends.supports_cuda_recurrence("scan")))
 backends.register("scan", backends.triton_implementation("scan"))

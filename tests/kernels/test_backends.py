@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,21 @@ def test_the_size_of_a_call_may_decide(monkeypatch, clean_choice):
     lines = nk.explain("layer_norm", large).splitlines()[1:]
     assert lines[0].startswith("   cuda       yes  a test; measured slower")
     assert lines[1].startswith("-> triton")
+
+
+@pytest.mark.skipif(not native.has_cuda_kernels(), reason="built without nvcc")
+@pytest.mark.parametrize("operation", ["scan", "gated_scan"])
+@pytest.mark.parametrize(("kilobytes", "serves"), [(99, False), (163, True), (227, True)])
+def test_a_gpu_with_too_little_shared_memory_is_refused(operation, kilobytes, serves, monkeypatch):
+    """A GeForce, an A100, an H100."""
+    monkeypatch.setattr(backends, "supports_cuda", lambda call: backends.Verdict(True, "a test"))
+    properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    call = backends.Call(torch.device("cuda", 0), torch.float32, 64)
+    verdict = backends._registry[operation]["cuda"].supports(call)
+    assert verdict.ok == serves
+    assert serves or verdict.reason == "needs 107040 bytes of shared memory a block, a GPU has 101376"
 
 
 @pytest.mark.parametrize("operation", ["scan", "gated_scan", "context_update", "context_scan", "layer_norm"])

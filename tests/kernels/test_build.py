@@ -71,14 +71,16 @@ def test_a_missing_c_module_says_how_to_build_it(monkeypatch):
 
 @pytest.mark.skipif(not native.has_cuda_kernels(), reason="built without nvcc")
 def test_no_recurrence_spills_registers():
-    """A thread that walks time with part of its state in local memory would pay for it at every step."""
+    """A thread that walks time with part of its state in local memory would pay for it at every step. Rows that are not of whole
+    16 bytes are another, slower case."""
     tool = Path(__file__).parents[2] / "tools" / "resources.py"
     done = subprocess.run([sys.executable, tool, "--all"], capture_output=True, text=True, check=False)
     if "cuobjdump was not found" in done.stderr:
         pytest.skip("needs cuobjdump")
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
-    stacks = {tuple(line[:2]): int(line[5]) for line in lines if line[1].startswith("recurrence_kernel")}
-    assert any("ScanForward" in kernel for _, kernel in stacks)
-    assert any("GatedBackward nv_bfloat16" in kernel for _, kernel in stacks)
-    assert not any(stacks.values()), {kernel for kernel, stack in stacks.items() if stack}
+    kernels = [(*line[1].split(), int(line[5])) for line in lines if line[1].startswith("recurrence_kernel")]
+    aligned = [kernel for kernel in kernels if kernel[-4] == "1"]  # ... ALIGNED CLUSTER PAIRS, stack
+    assert {kernel[1] for kernel in aligned} == {"ScanForward", "ScanBackward", "GatedForward", "GatedBackward"}
+    assert {kernel[2] for kernel in aligned} == {"f", "half", "nv_bfloat16"}
+    assert [kernel for kernel in aligned if kernel[-1] > 0] == []

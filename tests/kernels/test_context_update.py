@@ -158,6 +158,14 @@ def test_a_row_wider_than_shared_memory_goes_to_the_reference_with_the_reason():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("D", [3071, 3072, 3073, 12288])
+def test_rows_around_the_shared_memory_that_must_be_asked_for(D):
+    """48 KB without asking: a row of 12288 forward, four of 3072 backward; the kernels' own few bytes count too."""
+    with nk.use_backend("cuda"):
+        check(place(make("context_update", 1, 7, D), "cuda"))
+
+
+@pytest.mark.gpu
 def test_runs_on_the_current_stream():
     """A kernel on another stream would read the inputs before the sleep is over and they are written."""
     problem = place(make("context_update", 1, 1000, 1000), "cuda")

@@ -28,7 +28,7 @@ OF_FUNCTIONS = [
     if name.startswith(("scan", "gated_scan", *NORMS)) and not name.startswith("gated_scan_layer")
 ]
 # Every layout of a row: parts of a warp, a warp, several; whole vectors and not; one row, and more than the blocks at a time.
-WIDTHS = [7, 33, 64, 100, 256, 260, 512, 1000, 1024, 2048, 4096, 4097, 8192]
+WIDTHS = [7, 33, 64, 100, 256, 260, 512, 1000, 1024, 2048, 4096, 4097, 6144, 8192]
 
 # (B, T, D). Rows of 16 bytes and not; whole windows and not; sizes of {1, 7, 33, 1000, 4097}.
 SHAPES = [
@@ -160,6 +160,35 @@ def test_nan_shows_where_it_belongs(function, shape):
     assert out[-1, T // 2 :, 3].isnan().all()
     out[-1, T // 2 :, 3] = 0.0
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_small_deltas_keep_their_accuracy(size, dtype):
+    """tanh near 0, where 1 - e^-2d cancels."""
+    problem = place(make("gated_scan", 2, 300, 64, dtype, state=None))
+    problem.tensors["d"] *= size
+    check(problem)
+
+
+@pytest.mark.parametrize("shape", [(2, 600, 64), (1, 5000, 1024), (1, 20000, 64)], ids=str)
+def test_decays_above_one_make_no_nan_of_a_state_of_zero(shape):
+    """The product of a window's decays overflows; the state is zero until the last step."""
+    a, b = torch.full(shape, 2.0, device="cuda"), torch.zeros(shape, device="cuda")
+    b[:, -1] = 3.0
+    h, last = nk.scan(a, b)
+    assert torch.equal(h, b)
+    assert torch.equal(last, b[:, -1])
+    h, _ = nk.scan(a, torch.ones_like(a))
+    assert (h[:, 200:] == torch.inf).all()
+
+
+def test_saturated_gates_are_exact():
+    f, i, d = torch.randn(3, 1, 40, 64, device="cuda")
+    c, _ = nk.gated_scan(torch.full_like(f, -torch.inf), i, d)
+    assert torch.allclose(c, torch.sigmoid(i) * torch.tanh(d), rtol=3e-6, atol=0)
+    c, _ = nk.gated_scan(f, torch.full_like(i, -torch.inf), d, torch.zeros(1, 64, device="cuda"))
+    assert (c == 0).all()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS + NORMS)
