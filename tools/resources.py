@@ -101,6 +101,7 @@ def table(usages: list[Usage], everything: bool) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = fail  # one line, without the usage
     parser.add_argument("--all", action="store_true", help="a line for every variant")
     parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
     args = parser.parse_args()

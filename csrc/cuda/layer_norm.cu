@@ -1,5 +1,5 @@
-// Launches of layer_norm.cuh: which layout for which width. The choices are the fastest of those measured on an H100
-// (docs/performance.md).
+// Launches of layer_norm.cuh: which layout for which width. Those of 256, 1024 and 4096 columns of 16 bits are the
+// fastest of the few measured on an H100 (docs/performance.md), the others follow from them.
 #include "layer_norm.cuh"
 
 #include "device.h"

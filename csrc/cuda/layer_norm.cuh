@@ -36,7 +36,6 @@ struct RowLayout {
   static constexpr int kGroup = WPR > 1 ? 32 * WPR : LPR;       // threads of a row
   static constexpr int kThreads = kGroup > 256 ? kGroup : 256;  // of a block
   static constexpr int kGroups = kThreads / kGroup;             // rows at a time
-  static constexpr int64_t kWidest = int64_t(kGroup) * VPT * kEach;
   static_assert(WPR == 1 || LPR == 32);
 
   struct alignas(16) Raw {

@@ -6,12 +6,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are files beside each other, not a package
 
+import context_passes
 import harness
 import operations
 import peers
@@ -107,3 +109,25 @@ def test_training_speed_on_a_tiny_model(tmp_path, capsys):
 def test_training_speed_refuses_in_one_line(capsys):
     assert train_speed.main(["--preset", "classic"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_slope_is_the_derivative_while_the_row_is_held():
+    """By autograd, of the cell with mean and variance as constants."""
+    f, i, d, before = torch.randn(4, 3, 7, dtype=torch.float64)
+    weight = 1 + torch.randn(7, dtype=torch.float64)
+    before.requires_grad_()
+    u = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(d)
+    variance, mean = torch.var_mean(u.detach(), -1, unbiased=False, keepdim=True)
+    after = (u - mean) * (variance + 1e-5).rsqrt() * weight
+    (wanted,) = torch.autograd.grad(after.sum(), before)
+    found = context_passes.slopes(f, i, d, before.detach(), after.detach(), weight)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_passes_end_where_nothing_moves(corrected):
+    """A pass makes one chunk more final, whatever the weights; the start after four chunks of five needs five."""
+    args = SimpleNamespace(steps=40, columns=16, chunk=8, passes=6)
+    found = context_passes.moves(2.0, 0.25, args, corrected)
+    assert found[0] > 0.1
+    assert found[5] < 1e-6

@@ -347,3 +347,19 @@ def check(problem: Problem, **kwargs: Any) -> None:
     for name, (error, dtype) in errors(problem, **kwargs).items():
         bound = tolerance(problem, name, dtype)
         assert error <= bound, f"{problem.function} {name} ({dtype}): relative error {error:.2e}, allowed {bound:.1e}"
+
+
+def check_graph(problem: Problem) -> None:
+    """A captured CUDA graph, replayed on new inputs, leaves the bits of a call."""
+    with torch.no_grad():
+        problem.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = problem.run()
+        for x in problem.tensors.values():
+            x.copy_(torch.randn_like(x).sigmoid())
+        graph.replay()
+        want = problem.run()
+    for x, y in zip(captured, want, strict=True):
+        assert torch.equal(x, y)

@@ -13,8 +13,8 @@ import cases
 import pytest
 import torch
 import torch._dynamo
-from cases import VARIANTS, Problem, check, differentiate, laid_out, make, variant
-from test_compile import compiled
+from cases import VARIANTS, Problem, check, check_graph, differentiate, laid_out, make, variant
+from test_compile import check_compiled
 from test_operators import captured, opcheck_all
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -222,13 +222,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled_code_gives_the_same_bits(name):
-    torch._dynamo.reset()
-    problem = place_options(variant(name, T=5, D=17))
-    grads = [torch.randn_like(x) for x in problem.run()]
-    want, want_grads = differentiate(problem.run, problem.tensors, grads)
-    got, got_grads = differentiate(compiled(problem, "aot_eager"), problem.tensors, grads)
-    for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
-        assert torch.equal(x, y)
+    check_compiled(place_options(variant(name, T=5, D=17)))
 
 
 @pytest.mark.gpu
@@ -275,19 +269,7 @@ def test_a_new_length_compiles_nothing(function):
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", SEQUENCES + ROWS)
 def test_cuda_graph_replays(function):
-    problem = place(make(function, 4, 256, 64))
-    with torch.no_grad():
-        problem.run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = problem.run()
-        for x in problem.tensors.values():
-            x.copy_(torch.randn_like(x).sigmoid())
-        graph.replay()
-        want = problem.run()
-    for x, y in zip(captured, want, strict=True):
-        assert torch.equal(x, y)
+    check_graph(place(make(function, 4, 256, 64)))
 
 
 @pytest.mark.gpu
