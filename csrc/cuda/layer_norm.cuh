@@ -13,12 +13,6 @@
 
 namespace newllm::cuda {
 
-// weight or bias: float32, or of the dtype of the rows.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float = true;
-};
-
 struct LayerNormRun {
   LayerNormArgs args;
   Parameter weight, bias;

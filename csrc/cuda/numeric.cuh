@@ -65,6 +65,12 @@ struct Vec<__nv_bfloat16, 2> {
   static __device__ __forceinline__ Raw pack(const float (&x)[2]) { return __floats2bfloat162_rn(x[0], x[1]); }
 };
 
+// weight or bias of LayerNorm: float32, or of the dtype of the rows.
+struct Parameter {
+  const void* data = nullptr;
+  bool is_float = true;
+};
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

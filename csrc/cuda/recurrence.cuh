@@ -49,23 +49,16 @@ struct Recurrence {
   const int64_t turns;  // in each, every block of the cluster takes one window
 
   __device__ __forceinline__ Recurrence(const RecurrenceArgs& args_, Shared& shared_)
-      : Recurrence(args_, shared_, blockIdx.x / (CLUSTER ? args_.cluster : 1) / args_.column_blocks) {}
-
-  // The piece `index`, whichever block this is.
-  __device__ __forceinline__ Recurrence(const RecurrenceArgs& args_, Shared& shared_, int64_t index_)
       : args(args_),
         shared(shared_),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
         cluster(CLUSTER ? args.cluster : 1),
         rank(CLUSTER ? int(blockIdx.x) % cluster : 0),
-        index(index_),
+        index(blockIdx.x / cluster / args.column_blocks),
         column(int64_t(blockIdx.x / cluster % args.column_blocks) * kColumns),
         piece(args, index),
         turns((piece.steps + W * R * cluster - 1) / (W * R * cluster)) {}
-
-  // Of the W warps that walk; a block may have others (scan_norm.cuh).
-  static __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(32 * W) : "memory"); }
 
   // The first step of this warp in a turn.
   __device__ __forceinline__ int64_t step_of(int64_t turn) const {
@@ -168,13 +161,13 @@ struct Recurrence {
     return shared.rows[warp][int(turn) % STAGES];
   }
 
-  // Cluster: sends the pair of a window, of which this warp has reduced `own`, to all blocks; what comes before this
-  // warp's steps in the window. A slot fills again four turns on. Who sends that message has waited for the one two turns before it, which
+  // Cluster: reduces a turn and sends its window's pair to all blocks; what comes before this warp's steps in the
+  // window. A slot fills again four turns on. Who sends that message has waited for the one two turns before it, which
   // this block sent past a barrier that all its warps reached after reading the slot.
-  __device__ __forceinline__ Pair send_window(int64_t turn, const Pair& own) {
+  __device__ __forceinline__ Pair send_window(int64_t turn, Kept& kept) {
     Pair(&pairs)[W][32] = shared.pairs[turn % 2];
-    pairs[warp][lane] = own;
-    sync();
+    pairs[warp][lane] = reduce(turn, kept);
+    __syncthreads();
     Pair before, window;
 #pragma unroll
     for (int w = 0; w < W; ++w) {
@@ -187,15 +180,6 @@ struct Recurrence {
            &shared.arrived[slot], warp);
     }
     return before;
-  }
-
-  // Cluster: before the first message.
-  __device__ __forceinline__ void expect_windows() {
-    if (threadIdx.x != 0) return;
-    for (int slot = 0; slot < kSlots; ++slot) {
-      mbarrier_init(&shared.arrived[slot], 1);
-      mbarrier_expect(&shared.arrived[slot], cluster * 32 * sizeof(Pair));
-    }
   }
 
   // Cluster: the state before this block's window of a turn; `state` goes on to the next turn.
@@ -262,7 +246,7 @@ struct Recurrence {
       Kept kept;
       Pair(&pairs)[W][32] = shared.pairs[turn % 2];
       pairs[warp][lane] = reduce(turn, kept);
-      sync();
+      __syncthreads();
       float begin[2];  // the state before this warp's steps
 #pragma unroll
       for (int w = 0; w < W; ++w) {
@@ -281,15 +265,20 @@ struct Recurrence {
 
   // The blocks of a cluster. Messages of the next turn are sent before this one is computed, which hides their way.
   __device__ __forceinline__ void run_together(float (&state)[2]) {
-    expect_windows();
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        mbarrier_init(&shared.arrived[slot], 1);
+        mbarrier_expect(&shared.arrived[slot], cluster * 32 * sizeof(Pair));
+      }
+    }
     cluster_sync();  // no message may come before
     Kept kept;
     Pair before;
-    if (turns > 0) before = send_window(0, reduce(0, kept));
+    if (turns > 0) before = send_window(0, kept);
     for (int64_t turn = 0; turn < turns; ++turn) {
       Kept next_kept;
       Pair next_before;
-      if (turn + 1 < turns) next_before = send_window(turn + 1, reduce(turn + 1, next_kept));
+      if (turn + 1 < turns) next_before = send_window(turn + 1, next_kept);
       float begin[2];
       receive_windows(turn, state, begin);
       before.move(begin);

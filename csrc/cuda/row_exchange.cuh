@@ -6,8 +6,8 @@
 //     read       every block reads these
 //
 // A float travels in one word of 8 bytes with the number of its window, plus one, so it is its own flag: one round trip,
-// no fence. Memory is zero before the first window. A slot serves again kSlots windows later: who publishes then has
-// read the totals of the window before it in that slot, so its shares had been read; and the owner who then writes
+// no fence. Memory is zero before the first window. A slot serves again SLOTS windows later: who publishes then must have
+// read the totals of the window before it in that slot, so that its shares had been read; and the owner who then writes
 // totals has read shares that were published after the totals before them were read.
 //
 // Whoever waits here relies on all blocks of a row running at the same time: the launch is cooperative, which CUDA
@@ -49,35 +49,33 @@ __device__ __forceinline__ float2 wait_words(const TwoWords* source, uint32_t ta
   return make_float2(value_of(words.x), value_of(words.y));
 }
 
-// The exchange of one warp, for kRows rows of a window, with the warps of its number in the blocks of the other columns.
-template <int kRows, int kWarps>
+// The exchange of one warp, for ROWS rows of a window, with the warps of its number in the blocks of the other columns.
+template <int ROWS, int WARPS, int SLOTS>
 struct RowExchange {
-  static constexpr int kSlots = 4;
-
-  TwoWords* words;    // of this warp: (kSlots, blocks + 1, kRows), a window's shares and then its totals
+  TwoWords* words;    // of this warp: (SLOTS, blocks + 1, ROWS), a window's shares and then its totals
   int blocks, block;  // of columns, and which of them this is
   int log_width = 0;  // of the lanes that hold a row's shares
   int64_t D;
 
   // Words that `groups` of blocks need.
   static __host__ __device__ int64_t size(int64_t groups, int blocks) {
-    return groups * kWarps * kSlots * (blocks + 1) * kRows;
+    return groups * WARPS * SLOTS * (blocks + 1) * ROWS;
   }
 
   __device__ __forceinline__ RowExchange(TwoWords* all, int64_t group, int warp, int blocks_, int block_, int64_t D_)
-      : words(all + (group * kWarps + warp) * kSlots * (blocks_ + 1) * kRows), blocks(blocks_), block(block_), D(D_) {
+      : words(all + (group * WARPS + warp) * SLOTS * (blocks_ + 1) * ROWS), blocks(blocks_), block(block_), D(D_) {
     while (1 << log_width < blocks) ++log_width;
   }
 
   __device__ __forceinline__ TwoWords* at(uint32_t window, int of, int row) const {
-    return words + (int64_t(window % kSlots) * (blocks + 1) + of) * kRows + row;
+    return words + (int64_t(window % SLOTS) * (blocks + 1) + of) * ROWS + row;
   }
 
   // Before the first window, by all blocks; all must have done so before anyone publishes.
   __device__ __forceinline__ void clear() const {
     const int lane = threadIdx.x % 32;
-    for (int slot = 0; slot < kSlots; ++slot) {
-      for (int row = lane; row < kRows; row += 32) {
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      for (int row = lane; row < ROWS; row += 32) {
         *at(slot, block, row) = {0, 0};
         if (block == 0) *at(slot, blocks, row) = {0, 0};
       }
@@ -90,7 +88,7 @@ struct RowExchange {
 
   // A look at what `read` and `total` will wait for, so that what is there already costs no round trip.
   __device__ __forceinline__ TwoWords peek_totals(uint32_t window, int row) const {
-    return peek_words(at(window, blocks, row < kRows ? row : 0));
+    return peek_words(at(window, blocks, row < ROWS ? row : 0));
   }
 
   __device__ __forceinline__ TwoWords peek_shares(uint32_t window) const {
@@ -111,7 +109,7 @@ struct RowExchange {
         : first((pass * x.blocks + x.block) * (32 >> x.log_width)),
           row(first + (int(threadIdx.x % 32) >> x.log_width)),
           of(int(threadIdx.x % 32) & ((1 << x.log_width) - 1)),
-          there(row < kRows && of < x.blocks) {}
+          there(row < ROWS && of < x.blocks) {}
   };
 
   // The rows that this block owns: `combine(share, columns, width)` makes totals of the shares in `width` lanes, in all
@@ -121,7 +119,7 @@ struct RowExchange {
                                         const Write& write) const {
     for (int pass = 0;; ++pass) {
       const Owned owned(*this, pass);
-      if (owned.first >= kRows) break;
+      if (owned.first >= ROWS) break;
       float2 share = make_float2(0.0f, 0.0f);
       if (owned.there) {
         const TwoWords none{0, 0};
@@ -130,7 +128,7 @@ struct RowExchange {
       __syncwarp();
       const float columns = owned.there ? float(least(kColumns, D - int64_t(owned.of) * kColumns)) : 0.0f;
       const float2 sum = combine(share, columns, 1 << log_width);
-      if (owned.row < kRows && owned.of == 0) {
+      if (owned.row < ROWS && owned.of == 0) {
         publish_words(at(window, blocks, owned.row), window + 1, sum.x, sum.y);
         write(owned.row, sum);
       }

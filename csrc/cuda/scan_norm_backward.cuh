@@ -12,28 +12,22 @@
 
 namespace newllm::cuda {
 
-struct GatesBackward {  // f, i, d -> grad_f, grad_i, grad_d; grad_c and c before come from shared memory
-  static constexpr int kInputs = 3, kOutputs = 3, kPrevious = -1;
-  using Kept = Activation;  // of f
-  static __host__ __device__ constexpr bool in_pair(int k) { return k < 1; }
-};
-
 // AHEAD: windows whose grad_y and c are on their way; KEEP windows of c and GRADS of its gradient are held.
-template <class T, int R, int W, int STAGES, int NORM_WARPS, int AHEAD, int KEEP, int GRADS, bool CLUSTER>
+template <class T, int R, int W, int STAGES, int NORM_WARPS, int AHEAD, int TOTAL_LAG, int LAG, int KEEP, int GRADS>
 struct ScanNormBackward {
-  using Scan = Recurrence<GatesBackward, T, R, W, STAGES, true, CLUSTER, false>;
-  using Kept = typename Scan::Kept;
-  using Gates = GateRows<Scan, T, R, W, STAGES>;
   using Part = RowPart<T>;
-  static constexpr int kEach = Part::kEach, kLanes = Part::kLanes, kAtOnce = Part::kRowsAtOnce;
+  using Gates = GateRows<T, R, W, STAGES>;
+  using Kept = Activation[R][2];  // of f
+  static constexpr int kEach = Part::kEach, kLanes = Part::kLanes, kAtOnce = Part::kAtOnce;
   static constexpr int kWalkers = W / NORM_WARPS, kRows = kWalkers * R, kGroups = kRows / kAtOnce;
-  static constexpr int kThreads = 32 * (W + NORM_WARPS), kOfY = AHEAD + 3;
-  using Exchange = RowExchange<kRows, NORM_WARPS>;
-  static_assert(W % NORM_WARPS == 0 && R % kAtOnce == 0 && kRows <= 32 && kGroups <= kLanes);
-  static_assert(KEEP >= AHEAD + 4 && GRADS >= (CLUSTER ? 2 : 1));
+  static constexpr int kAhead = STAGES - 2;  // a window's rows are read again when the next one's have been reduced
+  static constexpr int kThreads = 32 * (W + NORM_WARPS), kOfY = AHEAD + LAG + 1;
+  using Exchange = RowExchange<kRows, NORM_WARPS, LAG + 2>;
+  static_assert(W % NORM_WARPS == 0 && kRows <= 32 && kGroups <= kLanes && kAhead >= 1);
+  static_assert(TOTAL_LAG >= 1 && LAG > TOTAL_LAG && KEEP >= AHEAD + LAG + 2 && GRADS >= 2);
 
   struct Shared {
-    typename Scan::Shared scan;
+    WalkShared<T, R, W, STAGES> walk;
     float grad[GRADS][W * R][kColumns];        // of c
     T grad_y[kOfY][W * R][kColumns];           // of a lane of a warp that normalises, nobody else reads it
     T contexts[KEEP][W * R + 1][kColumns];     // the last is the first of the next window
@@ -44,7 +38,8 @@ struct ScanNormBackward {
 
   const ScanNormArgs& args;
   Shared& shared;
-  const int lane, warp, cluster, rank, block;
+  const int lane, warp, which;  // of the warps that normalise
+  const int block;              // of columns
   const int64_t team, column;
 
   __device__ __forceinline__ ScanNormBackward(const ScanNormArgs& args_, Shared& shared_)
@@ -52,28 +47,27 @@ struct ScanNormBackward {
         shared(shared_),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
-        cluster(CLUSTER ? args.scan.cluster : 1),
-        rank(CLUSTER ? int(blockIdx.x) % cluster : 0),
-        block(int(blockIdx.x) / cluster % args.scan.column_blocks),
-        team(int(blockIdx.x) / cluster / args.scan.column_blocks),
+        which(warp - W),
+        block(int(blockIdx.x) % args.scan.column_blocks),
+        team(int(blockIdx.x) / args.scan.column_blocks),
         column(int64_t(block) * kColumns) {}
 
   // ---- warps that walk ----------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Scan scan_of(int64_t n) const { return Scan(args.scan, shared.scan, n); }
+  __device__ __forceinline__ float2 grad_of(uint32_t count, int r) const {
+    return *reinterpret_cast<const float2*>(&shared.grad[count % GRADS][warp * R + r][2 * lane]);
+  }
 
-  // As Recurrence::reduce, of the block's window `count`, of which `there` steps of this warp are.
-  __device__ __forceinline__ Pair reduce(Gates& gates, uint32_t count, int there, Kept& kept) const {
-    copy_async_wait<Scan::kAhead - 1>();
-    __syncwarp();
+  __device__ __forceinline__ Pair reduce(Gates& gates, uint32_t count, const Steps& steps, Kept& kept) const {
+    copy_async_wait<kAhead - 1>();
+    __syncwarp();  // rows of this window are there for the whole warp, and all have done with those overwritten next
     gates.fetch();
-    const auto& rows = shared.scan.rows[warp][count % STAGES];
     mbarrier_wait_in_block(&shared.full[count % GRADS][warp], count / GRADS % 2);
     Pair own;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float x[2][GatesBackward::kInputs];
-      Scan::inputs(rows, r, lane, true, x);
+      float x[2][3];
+      gates_at(shared.walk.rows[warp][count % STAGES], r, x);
       const float2 grad = grad_of(count, r);
       Pair next;
 #pragma unroll
@@ -82,36 +76,29 @@ struct ScanNormBackward {
         next.a[v] = kept[r][v].value;
         next.b[v] = next.a[v] * (v == 0 ? grad.x : grad.y);
       }
-      if (r < there) own.then_step(next);
+      if (r < steps.there) own.then_step(next);
     }
     return own;
   }
 
-  __device__ __forceinline__ float2 grad_of(uint32_t count, int r) const {
-    return *reinterpret_cast<const float2*>(&shared.grad[count % GRADS][warp * R + r][2 * lane]);
-  }
-
-  // As Recurrence::apply.
-  __device__ __forceinline__ void apply(const Scan& scan, int64_t turn, uint32_t count, const Kept& kept,
-                                        float (&state)[2]) const {
-    const int64_t step = scan.step_of(turn), at = column + 2 * lane;
-    const auto& rows = shared.scan.rows[warp][count % STAGES];
-    const int there = at < args.scan.D ? Scan::rows_left(step, scan.piece.steps) : 0;
-    const int64_t at_edge = scan.piece.length - 1 - step;
-    float edge[2];
-    scan.read(at_edge >= 0 && at_edge < R ? args.scan.edge : nullptr, scan.piece.n, edge);
+  // The gradients of the gates.
+  __device__ __forceinline__ void apply(uint32_t count, const Steps& steps, const Kept& kept, float (&state)[2]) const {
+    const int64_t at = column + 2 * lane, D = args.scan.D;
+    const int there = at < D ? steps.there : 0;
+    float edge[2] = {0.0f, 0.0f};  // c0
+    if (steps.left > 0 && steps.left <= R && args.scan.edge != nullptr && at < D) {
+      edge[0] = args.scan.edge[steps.n * D + at], edge[1] = args.scan.edge[steps.n * D + at + 1];
+    }
     T* out[3];
-    int64_t stride[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      const Walk<T> walk(args.scan.out[k], scan.piece, true);
-      out[k] = walk.base + step * walk.stride;
-      stride[k] = walk.stride;
+      const View3& view = args.scan.out[k];
+      out[k] = static_cast<T*>(view.data) + steps.batch * view.stride_b + steps.row * view.stride_t + at;
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float gates[2][GatesBackward::kInputs], before[2], y[2][3];
-      Scan::inputs(rows, r, lane, false, gates);
+      float gates[2][3], before[2], y[2][3];
+      gates_at(shared.walk.rows[warp][count % STAGES], r, gates);
       const float2 grad = grad_of(count, r);
       Vec<T, 2>::unpack(
           reinterpret_cast<const typename Vec<T, 2>::Raw*>(shared.contexts[count % KEEP][warp * R + r + 1])[lane],
@@ -119,98 +106,40 @@ struct ScanNormBackward {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         const float x[5] = {v == 0 ? grad.x : grad.y, gates[v][0], gates[v][1], gates[v][2],
-                            r == at_edge ? edge[v] : before[v]};
+                            r + 1 == steps.left ? edge[v] : before[v]};
         state[v] = GatedBackward::step(x, kept[r][v], state[v], y[v]);
       }
-      if (r < there) {
 #pragma unroll
-        for (int k = 0; k < 3; ++k) {
-          const float both[2] = {y[0][k], y[1][k]};
-          scan.store(out[k] + r * stride[k], at, both);
-        }
+      for (int k = 0; k < 3; ++k) {
+        const float both[2] = {y[0][k], y[1][k]};
+        if (r < there) *reinterpret_cast<typename Vec<T, 2>::Raw*>(out[k]) = Vec<T, 2>::pack(both);
+        out[k] -= args.scan.out[k].stride_t;
       }
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.empty[count % GRADS][warp]), mbarrier_arrive(&shared.passed[count % KEEP]);
   }
 
-  static __device__ __forceinline__ int steps_left(const Scan& scan, int64_t turn) {
-    return Scan::rows_left(scan.step_of(turn), scan.piece.steps);
-  }
-
-  __device__ __forceinline__ void walk_alone(Scan& scan, Gates& gates, float (&state)[2], uint32_t& count) const {
-    for (int64_t turn = 0; turn < scan.turns; ++turn, ++count) {
-      Kept kept;
-      Pair(&pairs)[W][32] = shared.scan.pairs[count % 2];
-      pairs[warp][lane] = reduce(gates, count, steps_left(scan, turn), kept);
-      Scan::sync();
-      float begin[2];
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (w == warp) begin[0] = state[0], begin[1] = state[1];
-        pairs[w][lane].move(state);
-      }
-      apply(scan, turn, count, kept, begin);
-    }
-  }
-
-  // The one sequence of a cluster.
-  __device__ __forceinline__ void walk_together(Scan& scan, Gates& gates, float (&state)[2], uint32_t& count) const {
-    Kept kept;
-    Pair before;
-    if (scan.turns > 0) before = scan.send_window(0, reduce(gates, 0, steps_left(scan, 0), kept));
-    for (int64_t turn = 0; turn < scan.turns; ++turn, ++count) {
-      Kept next_kept;
-      Pair next_before;
-      if (turn + 1 < scan.turns) {
-        next_before =
-            scan.send_window(turn + 1, reduce(gates, count + 1, steps_left(scan, turn + 1), next_kept));
-      }
-      float begin[2];
-      scan.receive_windows(turn, state, begin);
-      before.move(begin);
-      apply(scan, turn, count, kept, begin);
-      before = next_before;
-#pragma unroll
-      for (int r = 0; r < R; ++r) kept[r][0] = next_kept[r][0], kept[r][1] = next_kept[r][1];
-    }
-  }
-
-  __device__ __forceinline__ void walk(Gates& gates) const {
-    uint32_t count = 0;
-    for (int64_t n = team; n < args.sequences; n += args.teams) {
-      Scan scan = scan_of(n);
-      float state[2];
-      scan.read(args.scan.start, n, state);
-      if constexpr (CLUSTER) {
-        walk_together(scan, gates, state, count);
-      } else {
-        walk_alone(scan, gates, state, count);
-      }
-      if (warp == 0 && rank == 0) scan.write(args.scan.last, n, state);
-    }
-    copy_async_wait<0>();
-  }
-
   // ---- warps that normalise -----------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Exchange exchange_of(int which) const {
-    return Exchange(args.exchange, team * cluster + rank, which, args.scan.column_blocks, block, args.scan.D);
+  __device__ __forceinline__ Exchange exchange() const {
+    return Exchange(args.exchange, team, which, args.scan.column_blocks, block, args.scan.D);
   }
 
+  // The row of a lane's g-th part in a window, of `kRows`, and the part's first column.
   __device__ __forceinline__ int row_of(int g) const { return g * kAtOnce + lane / kLanes; }
-  __device__ __forceinline__ int at() const { return lane % kLanes * kEach; }  // the lane's first column in the block
+  __device__ __forceinline__ int at() const { return lane % kLanes * kEach; }
 
   struct Statistics {
     float mean = 0.0f, rstd = 0.0f;  // of row `lane`; zeros where there is none
   };
 
   // Rows of grad_y and c of the window `count` on their way, and their statistics.
-  __device__ __forceinline__ Statistics fetch(const Windows& windows, uint32_t count, int which) const {
+  __device__ __forceinline__ Statistics fetch(const Windows& windows, uint32_t count) const {
     Statistics found;
     if (windows.there()) {
-      const int64_t step = windows.first + rank * (W * R) + which * kRows;
-      const int there = int(most(0, least(kRows, windows.steps - step)));
+      const int64_t step = windows.first + which * kRows;
+      const int there = windows.steps_left(which * kRows, kRows);
       const bool counts = column + at() < args.scan.D;
       const auto source = [&](const View3& view) {
         return static_cast<const T*>(view.data) + windows.batch * view.stride_b +
@@ -240,7 +169,7 @@ struct ScanNormBackward {
   }
 
   // This lane's parts of the rows of a window: grad_y, zero where the clamp cut, and c.
-  __device__ __forceinline__ void read(uint32_t count, int which, const Statistics& of, const float (&w)[kEach],
+  __device__ __forceinline__ void read(uint32_t count, const Statistics& of, const float (&w)[kEach],
                                        const float (&b)[kEach], int4 (&grads)[kGroups], int4 (&c)[kGroups]) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -268,10 +197,10 @@ struct ScanNormBackward {
     float weight[kEach] = {}, bias[kEach] = {};
   };
 
-  __device__ __forceinline__ void publish(const Exchange& exchange, uint32_t count, int which, const Statistics& of,
+  __device__ __forceinline__ void publish(const Exchange& exchange, uint32_t count, const Statistics& of,
                                           const float (&w)[kEach], const float (&b)[kEach], Sums& sums) const {
     int4 grads[kGroups], c[kGroups];
-    read(count, which, of, w, b, grads, c);
+    read(count, of, w, b, grads, c);
     float of_g[kGroups], of_gx[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -290,8 +219,8 @@ struct ScanNormBackward {
         of_gx[g] = fmaf(grad[e] * w[e], xhat, of_gx[g]);
       }
     }
-    sum_parts<kLanes>(of_g);
-    sum_parts<kLanes>(of_gx);
+    Part::sum(of_g);
+    Part::sum(of_gx);
     float own[2] = {0.0f, 0.0f};  // of row_of(lane % kLanes)
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -314,7 +243,7 @@ struct ScanNormBackward {
   }
 
   // The gradient of c, for the warps that walk.
-  __device__ __forceinline__ void pass_on(const Exchange& exchange, uint32_t count, TwoWords peeked, int which,
+  __device__ __forceinline__ void pass_on(const Exchange& exchange, uint32_t count, TwoWords peeked,
                                           const Statistics& of, const float (&w)[kEach],
                                           const float (&b)[kEach]) const {
     float2 means = make_float2(0.0f, 0.0f);  // of g and of g xhat
@@ -330,7 +259,7 @@ struct ScanNormBackward {
       }
     }
     int4 grads[kGroups], c[kGroups];
-    read(count, which, of, w, b, grads, c);
+    read(count, of, w, b, grads, c);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const float mean = __shfl_sync(0xffffffffu, of.mean, row_of(g));
@@ -353,31 +282,31 @@ struct ScanNormBackward {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void normalise(const Exchange& exchange, int which) const {
+  __device__ __forceinline__ void normalise(const Exchange& exchange) const {
     float w[kEach], b[kEach];
     Part::load(args.weight, 1.0f, column + at(), args.scan.D, w);
     Part::load(args.bias, 0.0f, column + at(), args.scan.D, b);
     Sums sums;
-    Statistics next[AHEAD + 1], before, earlier;  // next[0] is the window in work
-    Windows windows(args, int64_t(cluster) * W * R, team);
+    Statistics of[AHEAD + 1 + LAG];  // of windows, the last that was fetched first
+    Windows windows(args, W * R, team);
     uint32_t fetched = 0;
     const auto fetch_next = [&] {
-      const Statistics found = fetch(windows, fetched, which);
+      const Statistics found = fetch(windows, fetched);
       if (windows.there()) ++fetched, windows.next();
       return found;
     };
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) next[k] = fetch_next();
-    for (uint32_t count = 0; count == 0 || count < fetched + 2; ++count) {
-      next[AHEAD] = fetch_next();
-      copy_async_wait<AHEAD>();
-      const TwoWords shares = exchange.peek_shares(count - 1), totals = exchange.peek_totals(count - 2, lane);
-      if (count < fetched) publish(exchange, count, which, next[0], w, b, sums);
-      if (count >= 1 && count - 1 < fetched) total(exchange, count - 1, shares);
-      if (count >= 2 && count - 2 < fetched) pass_on(exchange, count - 2, totals, which, earlier, w, b);
-      earlier = before, before = next[0];
+    for (int k = AHEAD; k > 0; --k) of[k - 1] = fetch_next();
+    for (uint32_t count = 0; count == 0 || count < fetched + LAG; ++count) {
 #pragma unroll
-      for (int k = 0; k < AHEAD; ++k) next[k] = next[k + 1];
+      for (int k = AHEAD + LAG; k > 0; --k) of[k] = of[k - 1];
+      of[0] = fetch_next();
+      copy_async_wait<AHEAD>();
+      const TwoWords shares = exchange.peek_shares(count - TOTAL_LAG);
+      const TwoWords totals = exchange.peek_totals(count - LAG, lane);
+      if (count < fetched) publish(exchange, count, of[AHEAD], w, b, sums);
+      if (count >= TOTAL_LAG && count - TOTAL_LAG < fetched) total(exchange, count - TOTAL_LAG, shares);
+      if (count >= LAG && count - LAG < fetched) pass_on(exchange, count - LAG, totals, of[AHEAD + LAG], w, b);
     }
     copy_async_wait<0>();
     // Rows of the warp's lanes, in order; warps are added up by `sum_parameters`.
@@ -399,63 +328,59 @@ struct ScanNormBackward {
 
   // Gradients of weight and bias: warps of a block, then blocks, in order.
   __device__ __forceinline__ void sum_parameters() const {
-    const int64_t D = args.scan.D, groups = int64_t(args.teams) * cluster, group = team * cluster + rank;
+    const int64_t D = args.scan.D, at = column + threadIdx.x % kColumns;
     const int of = threadIdx.x / kColumns;
-    const int64_t at = column + threadIdx.x % kColumns;
     const bool sums = of < 2 && at < D;
     __syncthreads();
     if (sums) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < NORM_WARPS; ++w) sum += shared.sums[of][w][threadIdx.x % kColumns];
-      args.shares[(of * groups + group) * D + at] = sum;
+      args.shares[(of * args.teams + team) * D + at] = sum;
     }
     cooperative_groups::this_grid().sync();
-    if (sums && group == 0) {
+    if (sums && team == 0) {
       float sum = 0.0f;
 #pragma unroll 8
-      for (int64_t k = 0; k < groups; ++k) sum += __ldcg(&args.shares[(of * groups + k) * D + at]);
+      for (int64_t k = 0; k < args.teams; ++k) sum += __ldcg(&args.shares[(of * args.teams + k) * D + at]);
       (of == 0 ? args.grad_weight : args.grad_bias)[at] = sum;
     }
   }
 
-  // Barriers and the exchange's memory are ready everywhere.
-  __device__ __forceinline__ void begin() const {
-    if (CLUSTER) cluster_sync();
-    cooperative_groups::this_grid().sync();
-  }
-
   __device__ __forceinline__ void run() const {
-    const bool walks = warp < W;
-    const int which = warp - W;
     if (threadIdx.x == 0) {
+      shared.walk.begin();
       for (int slot = 0; slot < GRADS; ++slot) {
         for (int w = 0; w < W; ++w) mbarrier_init(&shared.full[slot][w], 1), mbarrier_init(&shared.empty[slot][w], 1);
       }
-      for (int slot = 0; slot < KEEP; ++slot) mbarrier_init(&shared.passed[slot], W);
+      for (uint64_t& barrier : shared.passed) mbarrier_init(&barrier, W);
     }
-    if (CLUSTER) scan_of(team).expect_windows();
-    if (walks) {
-      Gates gates(args, shared.scan, cluster, rank, team, column);
+    if (warp < W) {
+      Gates gates(args, shared.walk, team, column);
 #pragma unroll
-      for (int turn = 0; turn < Scan::kAhead; ++turn) gates.fetch();
-      begin();
-      walk(gates);
+      for (int k = 0; k < kAhead; ++k) gates.fetch();
+      cooperative_groups::this_grid().sync();  // barriers and the exchange's memory are ready everywhere
+      walk<Kept, R, W>(
+          args, shared.walk, team, column,
+          [&](uint32_t count, const Steps& steps, Kept& kept) { return reduce(gates, count, steps, kept); },
+          [&](uint32_t count, const Steps& steps, const Kept& kept, float (&state)[2]) {
+            apply(count, steps, kept, state);
+          });
+      copy_async_wait<0>();
     } else {
-      exchange_of(which).clear();
-      begin();
-      normalise(exchange_of(which), which);
+      exchange().clear();
+      cooperative_groups::this_grid().sync();
+      normalise(exchange());
     }
-    if (CLUSTER) cluster_sync();  // nobody's shared memory may go while messages are on their way
     sum_parameters();
   }
 };
 
-template <class T, int R, int W, int STAGES, int NORM_WARPS, int AHEAD, int KEEP, int GRADS, bool CLUSTER>
+template <class T, int R, int W, int STAGES, int NORM_WARPS, int AHEAD, int TOTAL_LAG, int LAG, int KEEP, int GRADS>
 __global__ void __launch_bounds__(32 * (W + NORM_WARPS), 1)
     scan_norm_backward_kernel(const __grid_constant__ ScanNormArgs args) {
 #ifdef NEWLLM_CLUSTERS
-  using Kernel = ScanNormBackward<T, R, W, STAGES, NORM_WARPS, AHEAD, KEEP, GRADS, CLUSTER>;
+  using Kernel = ScanNormBackward<T, R, W, STAGES, NORM_WARPS, AHEAD, TOTAL_LAG, LAG, KEEP, GRADS>;
   extern __shared__ __align__(16) unsigned char memory[];
   Kernel(args, *reinterpret_cast<typename Kernel::Shared*>(memory)).run();
 #else

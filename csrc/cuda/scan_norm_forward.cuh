@@ -2,8 +2,8 @@
 // written.
 //
 // The warps that walk leave c in shared memory, KEEP windows of it. A warp that normalises takes a window's rows there,
-// stores them, and publishes mean and sum of squares over the block's columns; a window later it adds up the rows
-// that its block owns; and another later, when all columns' statistics are back, writes y. By then nobody waits long.
+// stores them, and publishes mean and sum of squares over the block's columns; TOTAL_LAG windows later it adds up the
+// rows that its block owns; and LAG later, when the statistics are back, writes y. By then nobody waits long.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -12,28 +12,34 @@
 
 namespace newllm::cuda {
 
-template <class T, int R, int W, int STAGES, int NORM_WARPS, int KEEP, bool CLUSTER>
+template <class T, int R, int W, int STAGES, int NORM_WARPS, int TOTAL_LAG, int LAG, int KEEP>
 struct ScanNormForward {
-  using Scan = Recurrence<GatedForward, T, R, W, STAGES, true, CLUSTER, false>;
-  using Kept = typename Scan::Kept;
-  using Gates = GateRows<Scan, T, R, W, STAGES>;
   using Part = RowPart<T>;
-  static constexpr int kEach = Part::kEach, kLanes = Part::kLanes, kAtOnce = Part::kRowsAtOnce;
+  using Gates = GateRows<T, R, W, STAGES>;
+  using Kept = typename GatedForward::Kept[R][2];
+  static constexpr int kEach = Part::kEach, kLanes = Part::kLanes, kAtOnce = Part::kAtOnce;
   static constexpr int kWalkers = W / NORM_WARPS, kRows = kWalkers * R, kGroups = kRows / kAtOnce;
-  static constexpr int kThreads = 32 * (W + NORM_WARPS);
-  using Exchange = RowExchange<kRows, NORM_WARPS>;
-  static_assert(W % NORM_WARPS == 0 && R % kAtOnce == 0 && kRows <= 32 && kGroups <= kLanes);
-  static_assert(KEEP >= 3);
+  static constexpr int kAhead = STAGES - 1, kThreads = 32 * (W + NORM_WARPS);
+  using Exchange = RowExchange<kRows, NORM_WARPS, LAG + 2>;
+  static_assert(W % NORM_WARPS == 0 && kRows <= 32 && kGroups <= kLanes);
+  static_assert(TOTAL_LAG >= 1 && LAG > TOTAL_LAG && KEEP > LAG);
 
   struct Shared {
-    typename Scan::Shared scan;
+    WalkShared<T, R, W, STAGES> walk;
     T contexts[KEEP][W][R][kColumns];
     uint64_t full[KEEP][W], empty[KEEP][W];
   };
 
+  // Rows of a warp that normalises in a window: the first of (B * T), and how many there are.
+  struct Run {
+    int64_t first = 0;
+    int there = 0;
+  };
+
   const ScanNormArgs& args;
   Shared& shared;
-  const int lane, warp, cluster, rank, block;
+  const int lane, warp, which;  // of the warps that normalise
+  const int block;              // of columns
   const int64_t team, column;
 
   __device__ __forceinline__ ScanNormForward(const ScanNormArgs& args_, Shared& shared_)
@@ -41,122 +47,58 @@ struct ScanNormForward {
         shared(shared_),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
-        cluster(CLUSTER ? args.scan.cluster : 1),
-        rank(CLUSTER ? int(blockIdx.x) % cluster : 0),
-        block(int(blockIdx.x) / cluster % args.scan.column_blocks),
-        team(int(blockIdx.x) / cluster / args.scan.column_blocks),
+        which(warp - W),
+        block(int(blockIdx.x) % args.scan.column_blocks),
+        team(int(blockIdx.x) / args.scan.column_blocks),
         column(int64_t(block) * kColumns) {}
 
   // ---- warps that walk ----------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Scan scan_of(int64_t n) const { return Scan(args.scan, shared.scan, n); }
-
-  // As Recurrence::reduce, of the block's window `count`, of which `there` steps of this warp are.
-  __device__ __forceinline__ Pair reduce(Gates& gates, uint32_t count, int there, Kept& kept) const {
-    copy_async_wait<Scan::kAhead - 1>();
-    __syncwarp();
+  __device__ __forceinline__ Pair reduce(Gates& gates, uint32_t count, const Steps& steps, Kept& kept) const {
+    copy_async_wait<kAhead - 1>();
+    __syncwarp();  // rows of this window are there for the whole warp, and all have done with those overwritten next
     gates.fetch();
-    const auto& rows = shared.scan.rows[warp][count % STAGES];
     Pair own;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float x[2][GatedForward::kInputs];
-      Scan::inputs(rows, r, lane, true, x);
+      float x[2][3];
+      gates_at(shared.walk.rows[warp][count % STAGES], r, x);
       Pair next;
 #pragma unroll
       for (int v = 0; v < 2; ++v) GatedForward::pair(x[v], kept[r][v], next.a[v], next.b[v]);
-      if (r < there) own.then_step(next);
+      if (r < steps.there) own.then_step(next);
     }
     return own;
   }
 
-  static __device__ __forceinline__ int steps_left(const Scan& scan, int64_t turn) {
-    return Scan::rows_left(scan.step_of(turn), scan.piece.steps);
-  }
-
-  // This warp's steps of the block's window `count`, into shared memory.
+  // c into shared memory.
   __device__ __forceinline__ void apply(uint32_t count, const Kept& kept, float (&state)[2]) const {
     const int slot = count % KEEP;
     if (count >= KEEP) mbarrier_wait_in_block(&shared.empty[slot][warp], (count / KEEP - 1) % 2);
-    const float none[GatedForward::kInputs] = {};
+    const float none[3] = {};
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float y[2][1];
 #pragma unroll
       for (int v = 0; v < 2; ++v) state[v] = GatedForward::step(none, kept[r][v], state[v], y[v]);
       const float both[2] = {y[0][0], y[1][0]};
-      reinterpret_cast<typename Vec<T, 2>::Raw*>(&shared.contexts[slot][warp][r][0])[lane] = Vec<T, 2>::pack(both);
+      reinterpret_cast<typename Vec<T, 2>::Raw*>(shared.contexts[slot][warp][r])[lane] = Vec<T, 2>::pack(both);
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.full[slot][warp]);
   }
 
-  __device__ __forceinline__ void walk_alone(Scan& scan, Gates& gates, float (&state)[2], uint32_t& count) const {
-    for (int64_t turn = 0; turn < scan.turns; ++turn, ++count) {
-      Kept kept;
-      Pair(&pairs)[W][32] = shared.scan.pairs[count % 2];
-      pairs[warp][lane] = reduce(gates, count, steps_left(scan, turn), kept);
-      Scan::sync();
-      float begin[2];
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (w == warp) begin[0] = state[0], begin[1] = state[1];
-        pairs[w][lane].move(state);
-      }
-      apply(count, kept, begin);
-    }
-  }
-
-  // The one sequence of a cluster.
-  __device__ __forceinline__ void walk_together(Scan& scan, Gates& gates, float (&state)[2], uint32_t& count) const {
-    Kept kept;
-    Pair before;
-    if (scan.turns > 0) before = scan.send_window(0, reduce(gates, 0, steps_left(scan, 0), kept));
-    for (int64_t turn = 0; turn < scan.turns; ++turn, ++count) {
-      Kept next_kept;
-      Pair next_before;
-      if (turn + 1 < scan.turns) {
-        next_before =
-            scan.send_window(turn + 1, reduce(gates, count + 1, steps_left(scan, turn + 1), next_kept));
-      }
-      float begin[2];
-      scan.receive_windows(turn, state, begin);
-      before.move(begin);
-      apply(count, kept, begin);
-      before = next_before;
-#pragma unroll
-      for (int r = 0; r < R; ++r) kept[r][0] = next_kept[r][0], kept[r][1] = next_kept[r][1];
-    }
-  }
-
-  __device__ __forceinline__ void walk(Gates& gates) const {
-    uint32_t count = 0;
-    for (int64_t n = team; n < args.sequences; n += args.teams) {
-      Scan scan = scan_of(n);
-      float state[2];
-      scan.read(args.scan.start, n, state);
-      if constexpr (CLUSTER) {
-        walk_together(scan, gates, state, count);
-      } else {
-        walk_alone(scan, gates, state, count);
-      }
-      if (warp == 0 && rank == 0) scan.write(args.scan.last, n, state);
-    }
-    copy_async_wait<0>();
-  }
-
   // ---- warps that normalise -----------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Exchange exchange_of(int which) const {
-    return Exchange(args.exchange, team * cluster + rank, which, args.scan.column_blocks, block, args.scan.D);
+  __device__ __forceinline__ Exchange exchange() const {
+    return Exchange(args.exchange, team, which, args.scan.column_blocks, block, args.scan.D);
   }
 
-  // Row g of this lane's rows in a window, of `kRows`.
+  // The row of a lane's g-th part in a window, of `kRows`, and the part's first column.
   __device__ __forceinline__ int row_of(int g) const { return g * kAtOnce + lane / kLanes; }
-  __device__ __forceinline__ int at() const { return lane % kLanes * kEach; }  // the lane's first column in the block
+  __device__ __forceinline__ int at() const { return lane % kLanes * kEach; }
 
-  // This lane's parts of a window's rows.
-  __device__ __forceinline__ void read(uint32_t count, int which, int4 (&bits)[kGroups]) const {
+  __device__ __forceinline__ void read(uint32_t count, int4 (&bits)[kGroups]) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int walker = which * kWalkers + g * kAtOnce / R, row = g * kAtOnce % R + lane / kLanes;
@@ -165,8 +107,7 @@ struct ScanNormForward {
   }
 
   // Stores c, and publishes the block's share of every row.
-  __device__ __forceinline__ void store_and_publish(const Exchange& exchange, uint32_t count, int which,
-                                                    const RowRun& run) const {
+  __device__ __forceinline__ void store_and_publish(const Exchange& exchange, uint32_t count, const Run& run) const {
     const bool counts = column + at() < args.scan.D;
     const float scale = 1.0f / float(least(kColumns, args.scan.D - column));
 #pragma unroll
@@ -174,19 +115,19 @@ struct ScanNormForward {
       mbarrier_wait_in_block(&shared.full[count % KEEP][which * kWalkers + w], count / KEEP % 2);
     }
     int4 bits[kGroups];
-    read(count, which, bits);
+    read(count, bits);
     T* c = static_cast<T*>(args.c.data) + (run.first + row_of(0)) * args.scan.D + column + at();
     float mean[kGroups], squares[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g, c += kAtOnce * args.scan.D) {
-      store_if(row_of(g) < run.there && counts, c, bits[g]);
+      Part::store_if(row_of(g) < run.there && counts, c, bits[g]);
       float x[kEach];
       Part::unpack(bits[g], x);
       mean[g] = 0.0f;
 #pragma unroll
       for (int e = 0; e < kEach; ++e) mean[g] += x[e];  // zeros past the last column
     }
-    sum_parts<kLanes>(mean);
+    Part::sum(mean);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       float x[kEach];
@@ -197,7 +138,7 @@ struct ScanNormForward {
       for (int e = 0; e < kEach; ++e) squares[g] = fmaf(x[e] - mean[g], x[e] - mean[g], squares[g]);
       squares[g] = counts ? squares[g] : 0.0f;
     }
-    sum_parts<kLanes>(squares);
+    Part::sum(squares);
     float own[2] = {0.0f, 0.0f};  // of row_of(lane % kLanes)
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -210,7 +151,7 @@ struct ScanNormForward {
 
   // Mean and 1 / deviation of the rows that this block owns.
   __device__ __forceinline__ void total(const Exchange& exchange, uint32_t count, TwoWords peeked,
-                                        const RowRun& run) const {
+                                        const Run& run) const {
     const float scale = 1.0f / float(args.scan.D), eps = args.eps;
     exchange.total(
         count, peeked,
@@ -226,26 +167,26 @@ struct ScanNormForward {
   }
 
   template <bool CLAMPED>
-  __device__ __forceinline__ void normalise(const Exchange& exchange, uint32_t count, TwoWords peeked, int which,
-                                            const RowRun& run, const float (&w)[kEach], const float (&b)[kEach]) const {
+  __device__ __forceinline__ void normalise(const Exchange& exchange, uint32_t count, TwoWords peeked, const Run& run,
+                                            const float (&w)[kEach], const float (&b)[kEach]) const {
     float2 found = make_float2(0.0f, 0.0f);
     if (lane < kRows) found = exchange.read(count, lane, peeked);
     __syncwarp();
     int4 bits[kGroups];
-    read(count, which, bits);
+    read(count, bits);
     T* y = static_cast<T*>(args.y.data) + (run.first + row_of(0)) * args.scan.D + column + at();
 #pragma unroll
     for (int g = 0; g < kGroups; ++g, y += kAtOnce * args.scan.D) {
+      const float mean = __shfl_sync(0xffffffffu, found.x, row_of(g));
       const float rstd = __shfl_sync(0xffffffffu, found.y, row_of(g));
-      const float shift = __shfl_sync(0xffffffffu, -found.x * found.y, row_of(g));
       float x[kEach];
       Part::unpack(bits[g], x);
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
-        x[e] = fmaf(fmaf(x[e], rstd, shift), w[e], b[e]);
+        x[e] = fmaf((x[e] - mean) * rstd, w[e], b[e]);
         if (CLAMPED) x[e] = clamped(x[e], args.clamp);
       }
-      store_if(row_of(g) < run.there && column + at() < args.scan.D, y, Part::pack(x));
+      Part::store_if(row_of(g) < run.there && column + at() < args.scan.D, y, Part::pack(x));
     }
     __syncwarp();
     if (lane < kWalkers) mbarrier_arrive(&shared.empty[count % KEEP][which * kWalkers + lane]);
@@ -253,71 +194,67 @@ struct ScanNormForward {
   }
 
   template <bool CLAMPED>
-  __device__ __forceinline__ void normalise_all(const Exchange& exchange, int which) const {
+  __device__ __forceinline__ void normalise_all(const Exchange& exchange) const {
     float w[kEach], b[kEach];
     Part::load(args.weight, 1.0f, column + at(), args.scan.D, w);
     Part::load(args.bias, 0.0f, column + at(), args.scan.D, b);
-    Windows windows(args, int64_t(cluster) * W * R, team);
-    RowRun now, before, earlier;
-    uint32_t windows_there = ~0u;
-    for (uint32_t count = 0; windows_there == ~0u || count < windows_there + 2; ++count) {
-      const TwoWords shares = exchange.peek_shares(count - 1), totals = exchange.peek_totals(count - 2, lane);
-      earlier = before, before = now;
+    Windows windows(args, W * R, team);
+    Run runs[LAG + 1];   // of this window and those before it
+    uint32_t end = ~0u;  // of the windows, once it is known
+    for (uint32_t count = 0; end == ~0u || count < end + LAG; ++count) {
+      const TwoWords shares = exchange.peek_shares(count - TOTAL_LAG);
+      const TwoWords totals = exchange.peek_totals(count - LAG, lane);
+#pragma unroll
+      for (int k = LAG; k > 0; --k) runs[k] = runs[k - 1];
       if (windows.there()) {
-        const int64_t step = windows.first + rank * (W * R) + which * kRows;
-        now.first = windows.batch * args.scan.T + windows.row + step;
-        now.there = int(most(0, least(kRows, windows.steps - step)));
-        store_and_publish(exchange, count, which, now);
+        const int64_t step = windows.first + which * kRows;
+        runs[0] = {windows.batch * args.scan.T + windows.row + step, windows.steps_left(which * kRows, kRows)};
+        store_and_publish(exchange, count, runs[0]);
         windows.next();
-      } else if (windows_there == ~0u) {
-        windows_there = count;
+      } else if (end == ~0u) {
+        end = count;
       }
-      if (count >= 1 && count - 1 < windows_there) total(exchange, count - 1, shares, before);
-      if (count >= 2 && count - 2 < windows_there) normalise<CLAMPED>(exchange, count - 2, totals, which, earlier, w, b);
+      if (count >= TOTAL_LAG && count - TOTAL_LAG < end) total(exchange, count - TOTAL_LAG, shares, runs[TOTAL_LAG]);
+      if (count >= LAG && count - LAG < end) normalise<CLAMPED>(exchange, count - LAG, totals, runs[LAG], w, b);
     }
   }
 
   // ---- both ---------------------------------------------------------------------------------------------------------
 
-  // Barriers and the exchange's memory are ready everywhere.
-  __device__ __forceinline__ void begin() const {
-    if (CLUSTER) cluster_sync();
-    cooperative_groups::this_grid().sync();
-  }
-
   __device__ __forceinline__ void run() const {
-    const bool walks = warp < W;
-    const int which = warp - W;
     if (threadIdx.x == 0) {
+      shared.walk.begin();
       for (int slot = 0; slot < KEEP; ++slot) {
         for (int w = 0; w < W; ++w) mbarrier_init(&shared.full[slot][w], 1), mbarrier_init(&shared.empty[slot][w], 1);
       }
     }
-    if (CLUSTER) scan_of(team).expect_windows();
-    if (walks) {
-      Gates gates(args, shared.scan, cluster, rank, team, column);
+    if (warp < W) {
+      Gates gates(args, shared.walk, team, column);
 #pragma unroll
-      for (int turn = 0; turn < Scan::kAhead; ++turn) gates.fetch();
-      begin();
-      walk(gates);
+      for (int k = 0; k < kAhead; ++k) gates.fetch();
+      cooperative_groups::this_grid().sync();  // barriers and the exchange's memory are ready everywhere
+      walk<Kept, R, W>(
+          args, shared.walk, team, column,
+          [&](uint32_t count, const Steps& steps, Kept& kept) { return reduce(gates, count, steps, kept); },
+          [&](uint32_t count, const Steps&, const Kept& kept, float (&state)[2]) { apply(count, kept, state); });
+      copy_async_wait<0>();
     } else {
-      exchange_of(which).clear();
-      begin();
+      exchange().clear();
+      cooperative_groups::this_grid().sync();
       if (args.clamp == INFINITY) {
-        normalise_all<false>(exchange_of(which), which);
+        normalise_all<false>(exchange());
       } else {
-        normalise_all<true>(exchange_of(which), which);
+        normalise_all<true>(exchange());
       }
     }
-    if (CLUSTER) cluster_sync();  // nobody's shared memory may go while messages are on their way
   }
 };
 
-template <class T, int R, int W, int STAGES, int NORM_WARPS, int KEEP, bool CLUSTER>
+template <class T, int R, int W, int STAGES, int NORM_WARPS, int TOTAL_LAG, int LAG, int KEEP>
 __global__ void __launch_bounds__(32 * (W + NORM_WARPS), 1)
     scan_norm_forward_kernel(const __grid_constant__ ScanNormArgs args) {
 #ifdef NEWLLM_CLUSTERS
-  using Kernel = ScanNormForward<T, R, W, STAGES, NORM_WARPS, KEEP, CLUSTER>;
+  using Kernel = ScanNormForward<T, R, W, STAGES, NORM_WARPS, TOTAL_LAG, LAG, KEEP>;
   extern __shared__ __align__(16) unsigned char memory[];
   Kernel(args, *reinterpret_cast<typename Kernel::Shared*>(memory)).run();
 #else
