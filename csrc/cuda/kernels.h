@@ -27,6 +27,15 @@ int64_t gated_scan_shared_memory();
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
+// One launch of blocks that run at the same time; cudaErrorInvalidConfiguration where the teams below are none, or rows
+// are not of whole 16 bytes at multiples of 16 bytes.
+cudaError_t gated_scan_layer_norm_forward(const GatedScanNormArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t gated_scan_layer_norm_backward(const GatedScanNormBackwardArgs& args, const Scratch& scratch,
+                                           cudaStream_t stream);
+
+// Sequences of D columns that they work on at a time on this device.
+int64_t gated_scan_layer_norm_teams(int device, bool is_float, bool backward, int64_t D);
+
 // Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
 // 2 * context_update_blocks(B) * D floats.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);

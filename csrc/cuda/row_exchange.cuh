@@ -5,10 +5,10 @@
 //                floats back
 //     read       every block reads these
 //
-// A float travels in one word of 8 bytes with the number of its window, plus one, so it is its own flag: one round trip,
-// no fence. Memory is zero before the first window. A slot serves again SLOTS windows later: who publishes then must have
-// read the totals of the window before it in that slot, so that its shares had been read; and the owner who then writes
-// totals has read shares that were published after the totals before them were read.
+// A float travels in one word of 8 bytes with the number of its window, plus one, so it is its own flag: one round
+// trip, no fence. Memory is zero before the first window. A slot serves again SLOTS windows later: who publishes then
+// must have read the totals of the window before it in that slot, so that its shares had been read; and the owner who
+// then writes totals has read shares that were published after the totals before them were read.
 //
 // Whoever waits here relies on all blocks of a row running at the same time: the launch is cooperative, which CUDA
 // refuses where they would not.

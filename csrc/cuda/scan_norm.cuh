@@ -7,8 +7,7 @@
 //     NORM_WARPS         work on whole rows of the block's columns, W * R / NORM_WARPS of a window; a lane holds 16
 //     normalise          bytes of a row; what belongs to the whole row goes through row_exchange.cuh
 //
-// A warp that walks reduces its steps of the next window before it applies those of this one, so that no warp waits for
-// the slowest. Everything is added in one order, whatever the timing: the same inputs give the same bits.
+// Everything is added in one order, whatever the timing: the same inputs give the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -219,9 +218,23 @@ struct Steps {
   bool begins = false, ends = false;            // the sequence
 };
 
+// Sequences of no steps end where they begin.
+__device__ __forceinline__ void pass_empty(const ScanNormArgs& args, int64_t team, int64_t at) {
+  const int64_t D = args.scan.D;
+  for (int64_t n = team; n < args.sequences; n += args.teams) {
+    if (Piece(args.scan, n).steps > 0) continue;
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if (at + v < D)
+        args.scan.last[n * D + at + v] = args.scan.start != nullptr ? args.scan.start[n * D + at + v] : 0.0f;
+    }
+  }
+}
+
 // Walks all windows of a block. `reduce(count, steps, kept)` makes the pair of a warp's steps of the block's window
-// `count`, `apply(count, steps, kept, state)` writes what comes of them from the state before them.
-template <class Kept, int R, int W, class Shared, class Reduce, class Apply>
+// `count`, `apply(count, steps, kept, state)` writes what comes of them from the state before them. AHEAD: a window is
+// applied when the next has been reduced, so that a warp seldom waits for the slowest, for twice the registers of Kept.
+template <bool AHEAD, class Kept, int R, int W, class Shared, class Reduce, class Apply>
 __device__ __forceinline__ void walk(const ScanNormArgs& args, Shared& shared, int64_t team, int64_t column,
                                      const Reduce& reduce, const Apply& apply) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -246,6 +259,7 @@ __device__ __forceinline__ void walk(const ScanNormArgs& args, Shared& shared, i
     windows.next();
     return steps;
   };
+  if (warp == 0 && args.scan.cu_seqlens != nullptr) pass_empty(args, team, at);
   if (!windows.there()) return;
   float state[2] = {0.0f, 0.0f};
   Kept kept;
@@ -254,7 +268,7 @@ __device__ __forceinline__ void walk(const ScanNormArgs& args, Shared& shared, i
     Kept next_kept;
     Steps next;
     const bool goes_on = windows.there();
-    if (goes_on) next = reduce_next(count + 1, next_kept);
+    if (AHEAD && goes_on) next = reduce_next(count + 1, next_kept);
     if (steps.begins) state[0] = steps.start[0], state[1] = steps.start[1];
     mbarrier_wait_in_block(&shared.reduced[count % Shared::kSlots], count / Shared::kSlots % 2);
     float begin[2];
@@ -271,9 +285,13 @@ __device__ __forceinline__ void walk(const ScanNormArgs& args, Shared& shared, i
       }
     }
     if (!goes_on) break;
-    steps = next;
+    if constexpr (AHEAD) {
+      steps = next;
 #pragma unroll
-    for (int r = 0; r < R; ++r) kept[r][0] = next_kept[r][0], kept[r][1] = next_kept[r][1];
+      for (int r = 0; r < R; ++r) kept[r][0] = next_kept[r][0], kept[r][1] = next_kept[r][1];
+    } else {
+      steps = reduce_next(count + 1, kept);
+    }
   }
 }
 

@@ -20,11 +20,10 @@ struct ScanNormBackward {
   using Kept = Activation[R][2];  // of f
   static constexpr int kEach = Part::kEach, kLanes = Part::kLanes, kAtOnce = Part::kAtOnce;
   static constexpr int kWalkers = W / NORM_WARPS, kRows = kWalkers * R, kGroups = kRows / kAtOnce;
-  static constexpr int kAhead = STAGES - 2;  // a window's rows are read again when the next one's have been reduced
-  static constexpr int kThreads = 32 * (W + NORM_WARPS), kOfY = AHEAD + LAG + 1;
+  static constexpr int kAhead = STAGES - 1, kThreads = 32 * (W + NORM_WARPS), kOfY = AHEAD + LAG + 1;
   using Exchange = RowExchange<kRows, NORM_WARPS, LAG + 2>;
   static_assert(W % NORM_WARPS == 0 && kRows <= 32 && kGroups <= kLanes && kAhead >= 1);
-  static_assert(TOTAL_LAG >= 1 && LAG > TOTAL_LAG && KEEP >= AHEAD + LAG + 2 && GRADS >= 2);
+  static_assert(TOTAL_LAG >= 1 && LAG > TOTAL_LAG && KEEP >= AHEAD + LAG + 2 && GRADS >= 1);
 
   struct Shared {
     WalkShared<T, R, W, STAGES> walk;
@@ -360,7 +359,7 @@ struct ScanNormBackward {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) gates.fetch();
       cooperative_groups::this_grid().sync();  // barriers and the exchange's memory are ready everywhere
-      walk<Kept, R, W>(
+      walk<false, Kept, R, W>(
           args, shared.walk, team, column,
           [&](uint32_t count, const Steps& steps, Kept& kept) { return reduce(gates, count, steps, kept); },
           [&](uint32_t count, const Steps& steps, const Kept& kept, float (&state)[2]) {

@@ -233,7 +233,7 @@ struct ScanNormForward {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) gates.fetch();
       cooperative_groups::this_grid().sync();  // barriers and the exchange's memory are ready everywhere
-      walk<Kept, R, W>(
+      walk<true, Kept, R, W>(
           args, shared.walk, team, column,
           [&](uint32_t count, const Steps& steps, Kept& kept) { return reduce(gates, count, steps, kept); },
           [&](uint32_t count, const Steps&, const Kept& kept, float (&state)[2]) { apply(count, kept, state); });
