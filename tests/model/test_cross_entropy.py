@@ -114,5 +114,5 @@ def test_arguments_are_named():
         linear_cross_entropy(x[:, :5], weight, targets)
     with pytest.raises(ValueError, match=r"targets: got \(22,\) of torch.int64, wanted \(23,\)"):
         linear_cross_entropy(x, weight, targets[:22])
-    with pytest.raises(ValueError, match="targets: got .* of torch.int32"):
+    with pytest.raises(ValueError, match=r"targets: got .* of torch.int32"):
         linear_cross_entropy(x, weight, targets.int())
