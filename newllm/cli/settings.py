@@ -12,12 +12,12 @@ from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.config import ModelConfig, preset
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.prepare import Data, prepare_data
-from newllm.training import TRAINING_PRESETS, TrainingConfig, choose_device
+from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device
 
 
 def model_settings(args: argparse.Namespace) -> ModelConfig:
     """The preset with the options given put over it. Raises UserError where they make no model."""
-    fields = [field for _, field, _, _ in MODEL_OPTIONS] + ["tie_embeddings"]
+    fields = [field for _, field, _, _ in MODEL_OPTIONS]
     given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
     if given.get("norm") == "none":
         given["norm"] = None
@@ -30,7 +30,7 @@ def model_settings(args: argparse.Namespace) -> ModelConfig:
 
 
 def training_settings(args: argparse.Namespace) -> TrainingConfig:
-    fields = [field for _, field, _, _ in TRAINING_OPTIONS] + ["compile"]
+    fields = [field for _, field, _, _ in TRAINING_OPTIONS]
     given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
     config = dataclasses.replace(TRAINING_PRESETS[getattr(args, "preset", "tiny")], **given)
     choose_device(config.device)  # a device that is not there is better said before the data is read

@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+import torch
+
 from newllm import checkpoint, plots
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
@@ -15,14 +17,16 @@ from newllm.prepare import Data, new_trainer, resumed_trainer
 from newllm.run import find_run, new_run
 from newllm.training import Trainer
 
-NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset", "tie_embeddings", "compile"}
+NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset"}
 
 
 def run(args: argparse.Namespace) -> int:
     if args.stop_after is not None and args.stop_after < 1:
         raise UserError(f"--stop-after: got {args.stop_after}, wanted at least 1")
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise UserError(f"--max-minutes: got {args.max_minutes}, wanted a number above 0")
     trainer, data = _resume(args) if args.resume else _begin(args)
-    signal_number = trainer.train(args.stop_after)
+    signal_number = trainer.train(args.stop_after, args.max_minutes)
     plots.loss_plot(trainer.run.metrics(), trainer.run.plot_file, trainer.run.path.name)
     path = shlex.quote(shown(trainer.run.path))
     if trainer.step < trainer.config.steps:
@@ -83,13 +87,14 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
     peak = peak_memory(trainer.device)  # before the best model joins the last one
     tensors, info = checkpoint.load(folder.best_file)
     checkpoint.load_model(trainer.model, checkpoint.with_prefix("model", tensors), folder.best_file)
-    counts = folder.unigram_counts(trainer.model.config.vocab_size)
+    trainer.weights.refresh_copy()
+    model = trainer.weights.computing
+    counts = folder.unigram_counts(model.config.vocab_size)
     summary: dict[str, object] = {"steps": trainer.step, "best_step": info["step"]}
     for split in ("valid", "test"):
         if split in data.tokens:
-            score = evaluate(
-                trainer.model, data.tokens[split], autocast=trainer.autocast, progress=f"evaluating on {split}"
-            )
+            with torch.compiler.set_stance("force_eager"):
+                score = evaluate(model, data.tokens[split], progress=f"evaluating on {split}")
             unigram = unigram_score(counts, data.tokens[split])
             summary[split] = {
                 "tokens": score.tokens, "loss": score.loss, "perplexity": score.perplexity,
@@ -97,7 +102,7 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
             }  # fmt: skip
     summary["parameters"] = trainer.model.num_parameters()
     summary["seconds"] = round(trainer.seconds, 3)
-    summary["tokens_per_s"] = round(trainer.step * trainer.config.tokens_per_step / max(trainer.seconds, 1e-9), 1)
+    summary["tokens_per_s"] = round(trainer.tokens / max(trainer.seconds, 1e-9), 1)
     summary["peak_memory_bytes"] = peak
     checkpoint.write_json(folder.summary_file, summary)
     return summary

@@ -174,4 +174,4 @@ class ContextMixer(nn.Module):
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), state (B, K, D) -> (y (B, T, E), new state (B, K, D))."""
         r, state = self.cell.read_out(self.cell.from_x(x), state)  # (B, T, D)
-        return self.out(r * F.silu(self.output_gate(x))), state
+        return self.out(r.to(x.dtype) * F.silu(self.output_gate(x))), state  # full contexts are float32
