@@ -26,7 +26,7 @@ from newllm.errors import UserError
 from newllm.evaluation import check_tokens, progress_bar
 from newllm.graphs import Graphs
 from newllm.model import LanguageModel, State
-from newllm.weights import in_dtype
+from newllm.weights import copy_all, in_dtype
 
 STATISTICS = 500  # segments of training text that gradients are measured on
 
@@ -133,7 +133,7 @@ class _Reader:
         back = torch._foreach_sub(self.trained, self.weights)
         torch._foreach_addcmul_(self.weights, self.gradients, steps, value=-1)
         torch._foreach_addcmul_(self.weights, back, returns)
-        torch._foreach_copy_(self.parameters, self.weights)
+        copy_all(self.parameters, self.weights)
 
 
 def _rates(rms: Tensor, lr: float, decay: float) -> tuple[Tensor, Tensor]:

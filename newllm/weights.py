@@ -47,6 +47,16 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=cuda, capturable=cuda)
 
 
+@torch.no_grad()
+def copy_all(to: list[Tensor], of: list[Tensor]) -> None:
+    """Copy every tensor of `of` into its counterpart, in one launch per pair of dtypes: mixed lists go one by one."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(to, of, strict=True):
+        groups.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for pairs in groups.values():
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
 class Weights:
     """`masters` are trained, `computing` computes forward and backward (the same module in float32), `average` is what is
     evaluated where the config wants one (else None)."""
@@ -91,7 +101,7 @@ class Weights:
                 low.grad = torch.zeros_like(low)
         masters, lows = [p.grad for p in self.parameters], [p.grad for p in self.copies]
         if first:
-            torch._foreach_copy_(masters, lows)
+            copy_all(masters, lows)
         else:
             torch._foreach_add_(masters, [low.to(master.dtype) for master, low in zip(masters, lows, strict=True)])
         for low in self.copies:
@@ -108,16 +118,14 @@ class Weights:
             torch._foreach_mul_(ahead, self.rate)
             torch._foreach_add_(average, ahead)
         if self.copies:
-            torch._foreach_copy_(self.copies, self.parameters)
+            copy_all(self.copies, self.parameters)
         else:
             # A graph adds to the memory it was captured with, so on a GPU that has to stay.
             self.optimizer.zero_grad(set_to_none=not self.parameters[0].is_cuda)
 
     def refresh_copy(self) -> None:
         """After the masters were written from outside."""
-        if self.copies:
-            with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.parameters)
+        copy_all(self.copies, self.parameters if self.copies else [])
 
     def evaluated(self, steps: int) -> LanguageModel:
         """The model that stands for this run after `steps` steps, computing as it does: the average once there is one.
@@ -126,6 +134,5 @@ class Weights:
             return self.computing
         if not self.copies:
             return self.average
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, list(self.average.parameters()))
+        copy_all(self.copies, list(self.average.parameters()))
         return self.computing

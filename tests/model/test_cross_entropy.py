@@ -14,11 +14,13 @@ GPU = torch.cuda.is_available()
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=["whole", "blocks", "triton"])
+@pytest.fixture(params=["whole", "blocks", "padded", "triton"])
 def way(request, monkeypatch):
     """Blocks: room for five rows of logits at once."""
     if request.param == "blocks":
         monkeypatch.setattr(cross_entropy, "_rows_at_once", lambda weight: 5)
+    if request.param in ("padded", "triton"):  # as on a GPU
+        monkeypatch.setattr(cross_entropy, "_columns", lambda V, device: -(-V // 64) * 64)
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
         from newllm import cross_entropy_triton

@@ -24,12 +24,12 @@ MODELS = {
     "transformer": dataclasses.replace(MODEL, architecture="transformer", num_heads=2, max_seq_len=18),
 }
 CONFIG = TrainingConfig(
-    steps=60, batch_size=4, segment=16, random_segments=True, grad_accum=2, lr=3e-3, warmup=3, average=0.9, average_start=20,
+    steps=30, batch_size=4, segment=16, random_segments=True, grad_accum=2, lr=3e-3, warmup=3, average=0.9, average_start=10,
     activation_penalty=0.1, change_penalty=0.1, eval_every=30, eval_tokens=64, checkpoint_every=30, log_every=10,
 )  # fmt: skip
 
 
-def trained(folder, model, stops=(60,), **changes):
+def trained(folder, model, stops=(30,), **changes):
     """The metrics and the weights at the end of a training in as many sessions as there are stops."""
     folder.mkdir(exist_ok=True)
     tokens = np.random.default_rng(0).integers(101, size=1500, dtype=np.uint16)
@@ -43,20 +43,24 @@ def trained(folder, model, stops=(60,), **changes):
 
 
 def assert_same(got, want):
-    assert got[0] == pytest.approx(want[0], rel=2e-3)  # bfloat16 through sixty steps; launched otherwise, rounded alike
+    assert got[0] == pytest.approx(
+        want[0], rel=2e-3
+    )  # bfloat16 through thirty steps; launched otherwise, rounded alike
     for one, other in zip(got[1], want[1], strict=True):
         assert (one - other).norm() <= 0.02 * other.norm() + 1e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("none", "bfloat16"), ("none", "float32"), ("hops", "bfloat16"), ("transformer", "bfloat16")],
+)
 def test_graphs_train_what_eager_steps_train(tmp_path, name, precision):
     settings = {"device": "cuda", "precision": precision}
     eager = trained(tmp_path / "eager", MODELS[name], cuda_graph=False, **settings)
     assert eager[0][-1] < eager[0][0]
-    assert_same(trained(tmp_path / "graph", MODELS[name], **settings), eager)
-    assert_same(trained(tmp_path / "resumed", MODELS[name], (23, 60), **settings), eager)
+    stops = (17, 30) if name == "none" else (30,)
+    assert_same(trained(tmp_path / "graph", MODELS[name], stops, **settings), eager)
 
 
 @pytest.mark.gpu
