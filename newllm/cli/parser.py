@@ -157,6 +157,8 @@ def _new_run_options(parser: Parser) -> None:
             how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
         group.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **how)
 
+    parser.add_argument("--config", metavar="FILE", help="take options from a recipe: a TOML file, or a name such as "
+                        "wikitext-2; options given here come first")  # fmt: skip
     option(data, "--data", "data", str, "builtin (default), a file or folder of .txt, .jsonl, .json, .parquet (also .gz, .xz), "
            "or hub:NAME[:CONFIGURATION]; a folder with train.* and valid.* keeps its split")  # fmt: skip
     option(data, "--text-field", "text_field", str, "field or column that holds the text (default: text)")

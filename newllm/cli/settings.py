@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
@@ -45,7 +46,9 @@ def data_settings(args: argparse.Namespace, model: ModelConfig) -> Data:
 
 
 def default_name(args: argparse.Namespace) -> str:
-    return f"{getattr(args, 'preset', 'tiny')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """After the recipe or the preset, and the time."""
+    kind = Path(args.config).stem if args.config is not None else getattr(args, "preset", "tiny")
+    return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def device_settings(args: argparse.Namespace) -> torch.device:

@@ -14,6 +14,7 @@ from newllm.cli.settings import data_settings, default_name, model_settings, tra
 from newllm.errors import UserError
 from newllm.evaluation import evaluate, peak_memory, unigram_score
 from newllm.prepare import Data, new_trainer, resumed_trainer
+from newllm.recipe import apply_recipe
 from newllm.run import find_run, new_run
 from newllm.training import Trainer
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
+    apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
@@ -53,6 +55,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
 def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields - set(RESUME_OPTIONS.values()) if hasattr(args, field))
+    refused += ["config"] if args.config is not None else []
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")
