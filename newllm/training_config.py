@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 _AT_LEAST_ONE = (
     "steps", "batch_size", "segment", "grad_accum", "eval_every", "eval_tokens", "checkpoint_every", "log_every",
+    "average_every",
 )  # fmt: skip
 _AT_LEAST_ZERO = ("warmup", "seed", "threads", "average_start")
 
@@ -41,6 +42,7 @@ class TrainingConfig:
     clip: float = 1.0  # norm that gradients are clipped to
     average: float = 0.0  # decay of the running average of weights that is evaluated; 1: plain mean; 0: none
     average_start: int = 0  # step from which weights are averaged
+    average_every: int = 1  # steps between weights that are averaged; the decay is per step all the same
     activation_penalty: float = 0.0  # AR: times the mean square of the features
     change_penalty: float = 0.0  # TAR: times the mean square of their change from step to step
     eval_every: int = 100

@@ -76,8 +76,9 @@ class Weights:
         self.grad_norm = torch.zeros((), device=device)  # of the last step, before clipping
 
     def averages(self, step: int) -> bool:
-        """Whether the weights that `step` leaves belong to the average."""
-        return self.average is not None and step >= self.config.average_start
+        """Whether the weights that `step` leaves are taken into the average."""
+        after = step - self.config.average_start
+        return self.average is not None and after >= 0 and after % self.config.average_every == 0
 
     def set_rates(self, lr: float, step: int) -> None:
         """Learning rate, and rate of averaging, of `step`: the plain mean until its rate falls to that of the decay."""
@@ -87,8 +88,9 @@ class Weights:
             else:
                 group["lr"] = lr
         if self.averages(step):
-            held = step - self.config.average_start  # steps that the average holds already
-            self.rate.fill_(max(1 - self.config.average, 1 / (held + 1)))
+            every = self.config.average_every
+            held = (step - self.config.average_start) // every  # weights that the average holds already
+            self.rate.fill_(max(1 - self.config.average**every, 1 / (held + 1)))
 
     def collect_gradients(self, first: bool) -> None:
         """Take over the gradients of the copy; `first`: of the step, so that there is nothing to add them to."""
@@ -130,7 +132,7 @@ class Weights:
     def evaluated(self, steps: int) -> LanguageModel:
         """The model that stands for this run after `steps` steps, computing as it does: the average once there is one.
         Call `refresh_copy` when done with it."""
-        if steps == 0 or not self.averages(steps - 1):
+        if self.average is None or steps <= self.config.average_start:
             return self.computing
         if not self.copies:
             return self.average

@@ -54,6 +54,7 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--clip", "clip", float, "norm that gradients are clipped to"),
     ("--average", "average", float, "evaluate a running average of the weights: its decay; 1: their plain mean"),
     ("--average-start", "average_start", int, "step from which weights are averaged"),
+    ("--average-every", "average_every", int, "steps between weights that are averaged"),
     ("--activation-penalty", "activation_penalty", float, "AR: times the mean square of the features"),
     ("--change-penalty", "change_penalty", float, "TAR: times the mean square of their change from step to step"),
     ("--eval-every", "eval_every", int, "steps between evaluations"),

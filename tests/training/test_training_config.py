@@ -74,7 +74,7 @@ def test_matrices_decay_and_vectors_do_not(architecture):
         ("lr", 0), ("lr", math.nan), ("lr", math.inf), ("lr", "big"), ("clip", 0), ("weight_decay", -0.1),
         ("min_lr", 1.1), ("beta2", 1), ("precision", "float16"), ("device", 3), ("compile", "yes"),
         ("cuda_graph", 1), ("random_segments", None), ("schedule", "step"), ("optimizer", "adam"), ("average", 1.1),
-        ("average_start", -1), ("activation_penalty", -1), ("change_penalty", math.inf), ("beta1", 1.0), ("lr", True),
+        ("average_start", -1), ("average_every", 0), ("activation_penalty", -1), ("change_penalty", math.inf), ("beta1", 1.0), ("lr", True),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(field, value):

@@ -48,6 +48,14 @@ def test_a_decay_forgets_and_begins_as_the_plain_mean():
     torch.testing.assert_close(averaged(weights), want)
 
 
+def test_an_average_of_every_third_step_forgets_as_fast():
+    weights, history = stepped(average=0.6, average_start=1, average_every=3)
+    want = history[1]
+    for n, w in enumerate((history[4], history[7]), start=1):
+        want = want + (w - want) * max(1 - 0.6**3, 1 / (n + 1))
+    torch.testing.assert_close(averaged(weights), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_evaluated_is_the_average_once_there_is_one(dtype):
     weights, history = stepped(average=1.0, average_start=5, dtype=dtype)
