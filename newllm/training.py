@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -94,8 +94,8 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._tokens, self._logged_at = 0, 0.0
         self.tokens = 0  # trained on in all
-        flops, peak = training_flops_per_token(model, config.segment), peak_flops(self.device)
-        self._utilisation = None if peak is None else flops / peak  # times tokens/s
+        peak = peak_flops(self.device)
+        self._utilisation = peak and training_flops_per_token(model, config.segment) / peak  # times tokens/s
 
     def train(self, stop_after: int | None = None, max_minutes: float | None = None) -> int | None:
         """Train to the last step, or for `stop_after` steps, or until `max_minutes` have passed since this call. A checkpoint
@@ -213,8 +213,7 @@ class Trainer:
     def _evaluate(self, bar: tqdm) -> None:
         self._check_finite()
         model = self.weights.evaluated(self.step)
-        # What is compiled is compiled for training: shapes of evaluation would each cost as long again.
-        with torch.compiler.set_stance("force_eager"):
+        with self.uncompiled():
             score = evaluate(model, self.valid, limit=self.config.eval_tokens)
         self.run.append_metrics({"step": self.step, "valid_loss": score.loss, "valid_perplexity": score.perplexity})
         line = f"step {self.step:>6}  validation loss {score.loss:.4f}  perplexity {score.perplexity:,.2f}"
@@ -226,6 +225,10 @@ class Trainer:
             checkpoint.save(self.run.best_file, weights, {"step": self.step, "valid_loss": score.loss})
         self.weights.refresh_copy()
         bar.write(line)
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """For evaluation: what is compiled is compiled for training, other shapes would each cost as long again."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def save(self) -> None:
         """Write last.safetensors: all that decides how training goes on."""
