@@ -3,7 +3,8 @@
     scan            h_t = a_t h_{t-1} + b_t
     gated_scan      c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t)
     context_update  one step of the cell: gates, update, LayerNorm, clamp
-    context_scan    the cell over a whole sequence
+    context_scan    the cell over a whole sequence whose gates are known
+    recurrent_context   the whole cell: hidden layers and gates see their own context
     layer_norm, add_layer_norm
     gated_scan_layer_norm   gated_scan, and LayerNorm of what it returns
 
@@ -24,6 +25,7 @@ from newllm_kernels.gated_scan import gated_scan, gated_scan_packed
 from newllm_kernels.gated_scan_layer_norm import gated_scan_layer_norm, gated_scan_layer_norm_packed
 from newllm_kernels.layer_norm import add_layer_norm, layer_norm
 from newllm_kernels.modules import ContextUpdate, LayerNorm
+from newllm_kernels.recurrent_context import recurrent_context
 from newllm_kernels.scan import scan
 
 __version__ = "0.1.0"
@@ -31,6 +33,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError", "ContextUpdate", "LayerNorm", "add_layer_norm", "context_scan", "context_scan_packed",
     "context_update", "context_update_packed", "current_backend", "explain", "gated_scan", "gated_scan_layer_norm",
-    "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "record_seams", "scan",
-    "use_backend",
+    "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "record_seams", "recurrent_context",
+    "scan", "use_backend",
 ]  # fmt: skip
