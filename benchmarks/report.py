@@ -280,19 +280,26 @@ def _name(row: Row) -> str:
     return row["op"] if row["provider"] == OURS else f"torch {row['op']}"
 
 
+def way(graph: bool, compiled: bool) -> str:
+    """How a training step is launched."""
+    return {(False, False): "eager", (True, False): "graph", (False, True): "compiled"}.get(
+        (graph, compiled), "graph, compiled"
+    )
+
+
 def training_table(content: dict[str, Any]) -> str:
     """Markdown: tokens/s of every configuration, then where the time of ours goes."""
-    headers = ["training", "backend", "compiled", "tokens/s", "ms a step", "peak memory", "relative"]
+    headers = ["training", "backend", "step", "tokens/s", "MFU", "ms a step", "peak memory", "relative"]
     first = next((run["tokens_per_s"] for run in content["runs"] if "failure" not in run), None)
     lines, failures = [], []
     for run in content["runs"]:
-        name = [run["model"], run["backend"], "yes" if run["compiled"] else "no"]
+        name = [run["model"], run["backend"], way(run.get("graph", False), run["compiled"])]
         if "failure" in run:
-            failures.append(f"FAILED  {' '.join(name[:2])}, compiled {name[2]}: {run['failure']}")
+            failures.append(f"FAILED  {' '.join(name[:2])}, {name[2]}: {run['failure']}")
             continue
         peak = run["peak_bytes"]
         lines.append(
-            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
+            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['mfu']:.1%}" if "mfu" in run else "-", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
              f"{run['tokens_per_s'] / first:.2f}x"]
         )  # fmt: skip
     parts = [
@@ -302,7 +309,7 @@ def training_table(content: dict[str, Any]) -> str:
     ]
     for run in content["runs"]:
         if profile := run.get("profile"):
-            what = f"{run['model']}, {'compiled' if run['compiled'] else 'not compiled'}"
+            what = f"{run['model']}, {way(run.get('graph', False), run['compiled'])}"
             lines = [
                 [op["name"], f"{op['us']:,.0f}", f"{op['percent']:.1f}", f"{op['calls']:g}"] for op in profile["top"]
             ]

@@ -95,7 +95,7 @@ def test_report_refuses_another_file_in_one_line(tmp_path, capsys):
 
 def test_training_speed_on_a_tiny_model(tmp_path, capsys):
     path = tmp_path / "speed.json"
-    options = ["--preset", "tiny", "--batch", "2", "--length", "16", "--steps", "2", "--no-compile", "--results", str(path)]  # fmt: skip
+    options = ["--preset", "tiny", "--batch", "2", "--length", "16", "--steps", "2", "--no-compile", "--profile", "--results", str(path)]  # fmt: skip
     assert train_speed.main(options) == 0
     printed = capsys.readouterr().out
     content = json.loads(path.read_text())
@@ -104,6 +104,7 @@ def test_training_speed_on_a_tiny_model(tmp_path, capsys):
     assert all(run["tokens_per_s"] > 0 for run in runs.values())
     assert runs["newllm", "auto"]["profile"]["top"]
     assert report.training_table(content) in printed
+    assert train_speed.ways("auto", cuda=True, compiled=True) == [(False, False), (True, False), (True, True)]
 
 
 def test_training_speed_refuses_in_one_line(capsys):
