@@ -204,6 +204,8 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         parts.append(_cells(headers, lines))
     if any("*" in cell for line in lines for cell in line):
         parts.append("* by events: no CUDA graph could be made of it.")
+    if backends := _backends(timed):
+        parts.append(backends)
     if candidates := _candidates(timed):
         parts.append(candidates)
     if scaling := _scaling(rows):
@@ -220,6 +222,30 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         lines = [[r["what"], f"{r['value']:g}", r["wanted"], "yes" if r["met"] else "NO"] for r in wanted]
         parts.append(_cells(["wanted", "measured", "goal", "met"], lines))
     return "\n\n".join(parts)
+
+
+def _backends(timed: dict[Key, dict[str, Row]]) -> str | None:
+    """Our two GPU backends and the fastest of all peers, PyTorch among them, and how many times longer the others take."""
+
+    def ratio(row: Row | None, over: Row | None) -> str:
+        return f"{kernel_us(row) / kernel_us(over):.2f}x" if row and over else "-"
+
+    lines = []
+    for key, group in timed.items():
+        cuda, triton = group.get("cuda"), group.get("triton")
+        if cuda is None and triton is None:
+            continue
+        peers = [row for name, row in group.items() if name not in (OURS, "cuda", "triton")]
+        peer = min(peers, key=kernel_us, default=None)
+        name = f" {peer['provider']}" if peer else ""
+        best = min((row for row in (cuda, triton) if row), key=kernel_us)
+        shares = [f"{share(row):.0f}" if row else "-" for row in (cuda, triton)]
+        lines.append(
+            [" ".join(key), _us(cuda), shares[0], _us(triton), shares[1], _us(peer) + name, ratio(triton, cuda),
+             ratio(peer, best)]
+        )  # fmt: skip
+    headers = ["our backends (us)", "CUDA C++", "% of copy", "Triton", "% of copy", "best peer", "Triton over CUDA", "peer over the better"]  # fmt: skip
+    return _cells(headers, lines) if lines else None
 
 
 def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:

@@ -10,7 +10,7 @@
 
     coupling="none"   the FNN sees x_t only: one scan over time
     coupling="hops"   hop k sees the context of hop k - 1, c^(0) = 0; same weights at every hop: K scans over time
-    coupling="full"   the FNN sees its own last context: T steps, one after the other
+    coupling="full"   the FNN sees its own last context: T steps, one after the other, in one kernel
 
 Hops approach the full cell from outside in time: after K hops the first K - 1 contexts are those of coupling="full".
 """
@@ -29,6 +29,7 @@ from newllm_kernels import (
     context_update_packed,
     gated_scan_layer_norm_packed,
     gated_scan_packed,
+    recurrent_context,
 )
 
 
@@ -43,7 +44,7 @@ class ContextCell(nn.Module):
         super().__init__()
         E, H, D = config.embed_dim, config.hidden_dim, config.context_dim
         self.coupling, self.hops, self.norm_kind, self.clamp = config.coupling, config.hops, config.norm, config.clamp
-        self.activation = ACTIVATION[config.activation]
+        self.activation_name, self.activation = config.activation, ACTIVATION[config.activation]
         self.recurrent_dropout = config.recurrent_dropout
 
         first_width = H if config.fnn_layers else 3 * D
@@ -109,7 +110,8 @@ class ContextCell(nn.Module):
         """
         reading = self.reading_weight() if reading is None else reading
         if self.coupling == "full":
-            contexts, last = self._step_through(from_x, state[:, 0], reading)
+            step_by_step = from_x.shape[1] == 1  # cheaper than a kernel that gets its weights ready for many steps
+            contexts, last = (self._one_step if step_by_step else self._all_steps)(from_x, state[:, 0], reading)
             return contexts, last[:, None]
 
         z, ends = self._up_to_the_last_hop(from_x, state, reading)
@@ -137,12 +139,22 @@ class ContextCell(nn.Module):
             z = self.with_context(from_x, shift(contexts, state[:, k]), reading)
         return z, ends
 
-    def _step_through(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
-        contexts = []
-        for from_x_t in from_x.unbind(1):  # T times (B, Z)
-            c = self._update(self.gates(self.with_context(from_x_t, c, reading)), c)
-            contexts.append(c)
-        return torch.stack(contexts, dim=1), c
+    def _one_step(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, 1, Z): generation."""
+        c = self._update(self.gates(self.with_context(from_x[:, 0], c, reading)), c)
+        return c[:, None].to(from_x.dtype), c
+
+    def _all_steps(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, T, Z): one kernel over all T, from the same weights."""
+        norm, gates, further = self.norm, self.to_gates, self.hidden_layers
+        return recurrent_context(
+            from_x, reading, c,
+            torch.stack([layer.weight for layer in further]) if further else None,
+            torch.stack([layer.bias for layer in further]) if further else None,
+            None if gates is None else gates.weight, None if gates is None else gates.bias,
+            None if norm is None else norm.weight, None if norm is None else norm.bias,
+            1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation_name, norm=self.norm_kind,
+        )  # fmt: skip
 
     def _scan(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """All steps: gates (B, T, 3D), c (B, D) -> contexts (B, T, D) of the gates' dtype, last (B, D) of c's."""

@@ -132,3 +132,16 @@ def test_passes_end_where_nothing_moves(corrected):
     found = context_passes.moves(2.0, 0.25, args, corrected)
     assert found[0] > 0.1
     assert found[5] < 1e-6
+
+
+def test_our_backends_stand_beside_the_fastest_peer():
+    def row(provider: str, us: float) -> report.Row:
+        return {
+            "op": "scan", "provider": provider, "direction": "forward", "shape": [2, 3], "dtype": "float32", "device": "cuda",
+            "bytes": 1e6, "median_us": us + 5, "graph_us": us, "gbps": 1e3 / (us + 5), "percent_of_copy": 50.0,
+        }  # fmt: skip
+
+    rows = [row("newllm", 10.0), row("cuda", 10.0), row("triton", 12.0), row("fla", 30.0), row("eager", 15.0)]
+    line = next(line for line in report.table(rows, 1e3).splitlines() if "15.0 eager" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")][5:] == ["15.0 eager", "1.20x", "1.50x"]
+    assert "our backends" not in report.table(rows[:1], 1e3)
