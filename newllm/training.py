@@ -155,7 +155,9 @@ class Trainer:
         """Forward and backward of one segment. All that differs between two with one length lies in tensors."""
         inputs, targets = self.streams.window(self._offset, segment.length)  # (B, T) each
         carries = self.model.carries_context
-        x, state = self.forward(inputs, self.state if carries and not segment.fresh else None)  # (B, T, F)
+        # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
+        with self.uncompiled() if carries and segment.fresh else nullcontext():
+            x, state = self.forward(inputs, self.state if carries and not segment.fresh else None)  # (B, T, F)
         nll = self.weights.computing.nll(x, targets)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
@@ -227,7 +229,7 @@ class Trainer:
         bar.write(line)
 
     def uncompiled(self) -> AbstractContextManager[object]:
-        """For evaluation: what is compiled is compiled for training, other shapes would each cost as long again."""
+        """What is compiled is compiled for training: the shapes of evaluation would each cost as long again."""
         return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def save(self) -> None:
