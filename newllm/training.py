@@ -108,6 +108,7 @@ class Trainer:
         deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         config = self.config
+        self.weights.computing.train()
         with catching_signals() as caught, bar:
             while self.step < end and not caught and time.monotonic() < deadline:
                 started = time.perf_counter()
@@ -134,8 +135,6 @@ class Trainer:
     def _train_step(self) -> None:
         lr, length = learning_rate(self.config, self.step), 0
         averaged = self.weights.averages(self.step)
-        self.model.train()
-        self.weights.computing.train()
         with self.graphs.stream():
             for n in range(self.config.grad_accum):
                 segment = self.streams.next()
