@@ -62,7 +62,8 @@ def test_truth(function, shape, dtype, one_launch):
 
 @pytest.mark.parametrize("outputs", [(1,), (2,), (0, 1, 2)], ids=str)
 def test_gradients_that_take_two_launches(outputs):
-    check(place(make("gated_scan_layer_norm", 2, 300, 136)), outputs=outputs)
+    """Few steps: over 300 the last state's gradient of c0 is a product of decays below what float32 holds."""
+    check(place(make("gated_scan_layer_norm", 2, 9, 136)), outputs=outputs)
 
 
 # In 16 bits a value that rounding carries across the clamp changes sides, and its gradient with it.
@@ -117,7 +118,7 @@ def test_same_bits_on_many_streams(shape, one_launch):
             assert torch.equal(x, y)
 
 
-def test_the_contexts_of_gated_scan_bit_for_bit(one_launch):
+def test_the_contexts_are_those_of_gated_scan(one_launch):
     problem = place(make("gated_scan_layer_norm", 2, 64, 1024, torch.bfloat16))
     _, c, last = problem.run()
     want, want_last = nk.gated_scan(*(problem.tensors[name] for name in ("f", "i", "d", "c0")))
