@@ -44,7 +44,8 @@ cudaError_t forward_aligned(LayerNormRun run, cudaStream_t stream) {
   if (D <= 256) return run_forward<T, W, true, Tile<16, 1, 16, 256, kFive>>(run, stream);
   if (D <= 512) return run_forward<T, W, true, Tile<32, 1, 16, 256, kFive>>(run, stream);
   if (D <= 768) return run_forward<T, W, true, Tile<32, 1, 24, 128, sizeof(T) == 2 ? 6 : 4>>(run, stream);
-  if (D <= 1024) return run_forward<T, W, true, Tile<32, 1, 32, 128, sizeof(T) == 2 ? 6 : 4>>(run, stream);
+  if (D <= 1024)
+    return run_forward<T, W, true, Tile<32, 1, 32, 128, sizeof(T) == 4 ? 4 : sizeof(W) == 4 ? 5 : 6>>(run, stream);
   if (D <= 2048) return run_forward<T, W, true, Tile<32, 4, 16, 256, 3>>(run, stream);
   if (D <= 3072) return run_forward<T, W, true, Tile<32, 4, 24, 128, 4>>(run, stream);
   if (D <= 4096) return run_forward<T, W, true, Tile<32, 8, 16, 256, 3>>(run, stream);
