@@ -160,7 +160,7 @@ struct LayerNormArgs {
   int64_t residual_stride = 0;
   void* sum = nullptr;   // (rows, D) contiguous, written when residual is given
   void* y = nullptr;     // (rows, D) contiguous
-  void* mean = nullptr;  // (rows) acc
+  void* mean = nullptr;  // (rows) acc, on CUDA it may be absent, and rstd with it
   void* rstd = nullptr;  // (rows) acc
 };
 

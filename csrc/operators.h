@@ -112,11 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTen
   return {grads.first, grads.second, grads.third, grad_c0};
 }
 
-// x, residual: (..., D).
+// x, residual: (..., D). Without a `backward` to come, y itself stands for what nobody wants, statistics and (without a
+// residual) sum: an allocation costs more of the host's time than a small kernel takes.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const OptionalTensor& residual_,
-                                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                                      double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_for(bool backward, const Tensor& x_,
+                                                          const OptionalTensor& residual_, const OptionalTensor& weight,
+                                                          const OptionalTensor& bias, double eps) {
   const Rows x(x_);
   const std::optional<Rows> residual = rows_of(residual_);
   const Norm norm(x_, weight, bias, eps, 0, Backend::kParametersAsStored);
@@ -126,8 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Op
   args.D = x.width;
   args.norm = norm.params;
   Tensor y = empty_of_shape(x_);
-  Tensor sum = residual ? empty_of_shape(x_) : empty<1>({0}, x_.scalar_type(), x_);
-  Tensor mean = empty<1>({args.rows}, acc_type(x_), x_), rstd = empty<1>({args.rows}, acc_type(x_), x_);
+  Tensor sum = residual ? empty_of_shape(x_) : backward ? empty<1>({0}, x_.scalar_type(), x_) : y;
+  Tensor mean = backward ? empty<1>({args.rows}, acc_type(x_), x_) : y;
+  Tensor rstd = backward ? empty<1>({args.rows}, acc_type(x_), x_) : y;
   args.x = x.data();
   args.x_stride = x.stride;
   if (residual) {
@@ -136,10 +138,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Op
     args.sum = sum.data_ptr();
   }
   args.y = y.data_ptr();
-  args.mean = mean.data_ptr();
-  args.rstd = rstd.data_ptr();
+  args.mean = backward ? mean.data_ptr() : nullptr;
+  args.rstd = backward ? rstd.data_ptr() : nullptr;
   Backend::run(args, x_);
   return {y, sum, mean, rstd};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& residual,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      double eps) {
+  return layer_norm_for<Backend>(true, x, residual, weight, bias, eps);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> layer_norm_plain(const Tensor& x, const OptionalTensor& residual,
+                                            const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const auto [y, sum, mean, rstd] = layer_norm_for<Backend>(false, x, residual, weight, bias, eps);
+  return {y, sum};
 }
 
 template <class Backend>

@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  // Where no gradient will be asked for; without a residual sum is y itself. CUDA only.
+  m.def(
+      "layer_norm_plain(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor "
+      "sum)");
   m.def(
       "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");

@@ -141,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
   m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cuda>));
+  m.impl("layer_norm_plain", TORCH_BOX(&newllm::layer_norm_plain<newllm::Cuda>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
@@ -149,6 +150,10 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
 // Read by newllm_kernels.native through ctypes.
 extern "C" __attribute__((visibility("default"))) int64_t newllm_context_update_max_width(int device) {
   return newllm::cuda::context_update_max_width(device);
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_layer_norm_max_width(int device) {
+  return newllm::cuda::layer_norm_max_width(device);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_memory() {

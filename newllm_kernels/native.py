@@ -58,6 +58,14 @@ def cuda_context_update_max_width(device: int) -> int:
 
 
 @functools.cache
+def cuda_layer_norm_max_width(device: int) -> int:
+    """Widest D that LayerNorm's CUDA kernels take on this device."""
+    function = _handle().newllm_layer_norm_max_width
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int(device))
+
+
+@functools.cache
 def cuda_shared_memory(operation: str) -> int:
     """Bytes of shared memory that a block of the CUDA kernels of "scan" or "gated_scan" may take."""
     function = getattr(_handle(), f"newllm_{operation}_shared_memory")

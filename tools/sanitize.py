@@ -27,6 +27,10 @@ SHAPES = {
 }
 
 
+# Of LayerNorm: rows of several warps, and of several blocks.
+NORM_SHAPES = [(1, 9, 2048), (1, 5, 4097), (1, 3, 16384)]
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("sanitize: error: needs an NVIDIA GPU; this PyTorch sees none", file=sys.stderr)
@@ -44,7 +48,9 @@ def main() -> int:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
             if not verdicts(operation, Call(torch.device("cuda", 0), torch.bfloat16, 33))[backend].ok:
                 continue
-            for shape in SHAPES[backend]:
+            for shape in SHAPES[backend] + (NORM_SHAPES if operation == "layer_norm" and backend == "cuda" else []):
+                if shape[2] > 8192 and torch.cuda.get_device_capability() < (9, 0):
+                    continue
                 for dtype in (torch.float32, torch.bfloat16):
                     problem = cases.make(function, *shape, dtype).map(lambda name, x: x.cuda())
                     with nk.use_backend(backend):

@@ -23,9 +23,13 @@ cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch
 int64_t scan_shared_memory();
 int64_t gated_scan_shared_memory();
 
-// Rows of up to 8192 elements.
+// Rows of up to layer_norm_max_width elements, wherever they begin; whole 16 bytes are faster, and so are weight and bias
+// of one dtype. `args.mean` and `args.rstd` may be absent.
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
+
+// 65536 on Hopper and newer, whose blocks can share a row, 8192 elsewhere.
+int64_t layer_norm_max_width(int device);
 
 // Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
 // 2 * context_update_blocks(B) * D floats.
