@@ -5,7 +5,7 @@
 
 namespace newllm::cuda {
 
-// N bytes (4 or 16, both addresses aligned to them), or zeros where `there` is false.
+// N bytes (4, 8 or 16, both addresses aligned to them), or zeros where `there` is false.
 template <int N>
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
@@ -15,7 +15,8 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, boo
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(source), "r"(bytes), "n"(N)
+                 : "memory");
   }
 }
 
