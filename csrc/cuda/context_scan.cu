@@ -1,24 +1,25 @@
 // Launches of context_scan.cuh: which tile for which width, and for blocks that have a multiprocessor to themselves.
 #include "context_scan.cuh"
 
+#include <algorithm>
+#include <cmath>
+
 #include "context_scan_launch.cuh"
 
 namespace newllm::cuda {
 namespace {
 
-// Blocks that share a multiprocessor: one group of helpers, and registers for two blocks.
-template <class L>
-struct Many {
-  static constexpr int W = L::W, kWide = L::kColumns > 8;
-  using Forward = ContextScanForward<L, 1, W > 4 ? 3 : 4, W > 4 ? 3 : 4, 1, W > 4 ? 1 : 8 / W>;
-};
+// The fastest of those measured on an H100 at 256 to 2048 columns of bfloat16 (docs/performance.md).
+constexpr int most_blocks(int warps) { return warps > 4 ? 1 : warps > 2 ? 3 : 8 / warps; }
+constexpr int many_ahead(int warps, bool wide) { return wide ? 2 : warps > 4 ? 3 : warps > 1 ? 4 : 8; }
 
-// Alone a step is as long as its slowest part, and one group of helpers would be that.
+// Blocks that share a multiprocessor: three of 1024 columns.
 template <class L>
-struct Alone {
-  static constexpr int W = L::W;
-  using Forward = ContextScanForward<L, L::kColumns > 8 ? 1 : 2, W > 4 ? 3 : 4, W > 4 ? 2 : 3, 1, 1>;
-};
+using Many = ContextScanForward<L, 1, (L::W > 1 ? 3 : 4), many_ahead(L::W, (L::kColumns > 8)), most_blocks(L::W)>;
+
+// Blocks with one to themselves: a step is as long as its slowest part, and one group of helpers may be that.
+template <class L>
+using Alone = ContextScanForward<L, (L::kColumns > 8 ? 1 : 2), (L::W > 4 ? 3 : 4), (L::W > 4 ? 2 : 3), 1>;
 
 template <class Forward>
 cudaError_t launch(const ContextScanRun& run, int64_t blocks, int device, cudaStream_t stream) {
@@ -34,14 +35,14 @@ cudaError_t launch(const ContextScanRun& run, int64_t blocks, int device, cudaSt
 // The largest magnitude that the dtype holds below the clamp: what was not cut stays below it, so that the backward can tell
 // (context_scan/reference.py). float32 needs no such mark.
 template <class T>
-float below(float clamp) {
-  if constexpr (sizeof(T) == 4) {
-    return clamp;
-  } else {
-    if (isinf(clamp)) return clamp;
+void set_mark(ContextScanRun& run) {
+  if constexpr (sizeof(T) == 2) {
+    const float clamp = float(run.args.norm.clamp_value);
     T edge = T(clamp);
-    reinterpret_cast<uint16_t&>(edge) -= 1;
-    return float(edge);
+    uint16_t& bits = reinterpret_cast<uint16_t&>(edge);
+    run.edge = bits | uint32_t(bits) << 16;
+    if (!std::isinf(clamp)) bits -= 1;
+    run.below = float(edge);
   }
 }
 
@@ -50,15 +51,36 @@ cudaError_t run_forward(ContextScanRun run, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  run.below = below<typename L::Storage>(float(run.args.norm.clamp_value));
+  set_mark<typename L::Storage>(run);
   return launch_passes(run.chunks, [&](const Chunks& chunks, int64_t blocks) {
     run.chunks = chunks;
-    return blocks <= device.multiprocessors ? launch<typename Alone<L>::Forward>(run, blocks, device.index, stream)
-                                            : launch<typename Many<L>::Forward>(run, blocks, device.index, stream);
+    return blocks <= device.multiprocessors ? launch<Alone<L>>(run, blocks, device.index, stream)
+                                            : launch<Many<L>>(run, blocks, device.index, stream);
   });
 }
 
+// What the forward of a width takes of shared memory; the backward takes less.
+template <class T>
+int64_t shared_memory(int64_t D) {
+  int64_t bytes = 0;
+  for_width<T, true>(D, [&](auto layout) {
+    using L = decltype(layout);
+    bytes = int64_t(std::max(sizeof(typename Alone<L>::Shared), sizeof(typename Many<L>::Shared)));
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
 }  // namespace
+
+int64_t context_scan_max_width(int device) {
+  int bytes = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  for (const int64_t D : {4096, 2048, 1024, 512, 256}) {
+    if (std::max(shared_memory<float>(D), shared_memory<__half>(D)) <= bytes) return D;
+  }
+  return 0;
+}
 
 cudaError_t context_scan_forward(const ContextArgs& args, const TimeChunks& time, const Scratch& scratch,
                                  cudaStream_t stream) {

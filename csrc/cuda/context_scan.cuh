@@ -28,11 +28,11 @@ struct ContextScanRun {
 
 // HELPERS: groups of helpers. SLOTS of the ring; steps whose loads are AHEAD of a helper; BLOCKS of a multiprocessor that
 // registers are kept few enough for.
-template <class L, int HELPERS, int SLOTS, int AHEAD, int SKIP, int BLOCKS>
+template <class L, int HELPERS, int SLOTS, int AHEAD, int BLOCKS>
 struct ContextScanForward {
   using T = typename L::Storage;
   using Raw = typename L::Raw;
-  using Sums = RowSums<L, 2, SKIP>;
+  using Sums = RowSums<L, 2>;
   static constexpr int kColumns = L::kColumns, kThreads = L::kThreads, kWarps = L::W, kBlocks = BLOCKS;
   static constexpr int kBlockThreads = (1 + HELPERS) * kThreads;
 
@@ -40,7 +40,7 @@ struct ContextScanForward {
     float4 gates[SLOTS][kColumns / 2][kThreads];  // forget of four columns and more, then write
     typename L::Piece raw[HELPERS][L::ALIGNED ? AHEAD : 1][3][L::PIECES][kThreads];
     typename Sums::Shared sums;
-    Slots<SLOTS> slots;
+    SlotBarriers<SLOTS> barriers;
     int flag;
   };
 
@@ -54,7 +54,7 @@ struct ContextScanForward {
 
   // Fills slots with the steps begin .. end - 1, group `group` of the helpers every HELPERS-th; `count` slots were filled
   // before.
-  static __device__ __forceinline__ void help(Shared& shared, const Row& row, int group, int64_t begin, int64_t end,
+  static __device__ __forceinline__ void help(Shared& shared, const Slots<SLOTS>& slots, const Row& row, int group, int64_t begin, int64_t end,
                                               uint32_t& count) {
     const int steps = int(end - begin);
     if (steps <= 0) return;
@@ -105,18 +105,18 @@ struct ContextScanForward {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) gate_values<T>(of_f[k], of_i[k], of_d[k], forget[k], write[k]);
       if constexpr (!L::ALIGNED) load();
-      shared.slots.wait_emptied(turn);
+      slots.wait_emptied(turn);
       float4(*gates)[kThreads] = shared.gates[turn.slot];
 #pragma unroll
       for (int k = 0; k < kColumns; k += 4) {
         gates[k / 4][row.thread] = make_float4(forget[k], forget[k + 1], forget[k + 2], forget[k + 3]);
         gates[(kColumns + k) / 4][row.thread] = make_float4(write[k], write[k + 1], write[k + 2], write[k + 3]);
       }
-      shared.slots.tell_filled(turn);
+      slots.tell_filled(turn);
     }
     if (steps % HELPERS == group) {  // and a last one, with nothing in it, which saves the walkers a question a step
-      shared.slots.wait_emptied(turn);
-      shared.slots.tell_filled(turn);
+      slots.wait_emptied(turn);
+      slots.tell_filled(turn);
     }
     count += uint32_t(steps) + 1;
     if constexpr (L::ALIGNED) copy_async_wait<0>();
@@ -126,15 +126,24 @@ struct ContextScanForward {
     float weight[kColumns], bias[kColumns], c[kColumns];
     float eps, scale, clamp, below;
     uint32_t edge;  // the clamp in storage, twice
+    uint32_t gates;  // where this thread's begin
+    Slots<SLOTS> slots;
+    typename Sums::Exchange exchange;
+
+    explicit __device__ __forceinline__ Walker(const Shared& shared)
+        : gates(shared_word_once(&shared.gates[0][0][threadIdx.x % kThreads])),
+          slots(shared.barriers),
+          exchange(shared.sums) {}
   };
 
-  static __device__ __forceinline__ void take(Shared& shared, int thread, Turn<SLOTS> turn, float (&forget)[kColumns],
+  static __device__ __forceinline__ void take(const Walker& w, Turn<SLOTS> turn, float (&forget)[kColumns],
                                               float (&write)[kColumns]) {
-    shared.slots.wait_filled(turn);
-    const float4(*slot)[kThreads] = shared.gates[turn.slot];
+    constexpr int kPlane = kThreads * sizeof(float4), kSlot = kColumns / 2 * kPlane;
+    w.slots.wait_filled(turn);
+    const uint32_t slot = w.gates + turn.slot * kSlot;
 #pragma unroll
     for (int k = 0; k < kColumns; k += 4) {
-      const float4 a = slot[k / 4][thread], b = slot[(kColumns + k) / 4][thread];
+      const float4 a = load_shared(slot + k / 4 * kPlane), b = load_shared(slot + (kColumns + k) / 4 * kPlane);
       forget[k] = a.x, forget[k + 1] = a.y, forget[k + 2] = a.z, forget[k + 3] = a.w;
       write[k] = b.x, write[k + 1] = b.y, write[k + 2] = b.z, write[k + 3] = b.w;
     }
@@ -154,15 +163,15 @@ struct ContextScanForward {
 
   // Walks the steps begin .. end - 1 from the state w.c, and leaves the last one there. The contexts of a step are stored
   // during the next.
-  static __device__ __forceinline__ void walk(Shared& shared, const Row& row, Walker& w, int64_t begin, int64_t end,
-                                              bool store, uint32_t& count) {
+  static __device__ __forceinline__ void walk(const Row& row, Walker& w, int64_t begin, int64_t end, bool store,
+                                              uint32_t& count) {
     const int steps = int(end - begin);
     if (steps <= 0) return;
     float forget[kColumns], write[kColumns], y[kColumns] = {};
     Raw raw;
     T* before = row.c + (begin - 1) * row.c_step;  // where w.c belongs
     Turn<SLOTS> turn(count);
-    take(shared, row.thread, turn, forget, write);
+    take(w, turn, forget, write);
     int buffer = 0;
     for (int step = 0; step < steps; ++step, buffer ^= 1, before += row.c_step) {
       const int stored = store && step > 0 ? row.D : 0;
@@ -172,28 +181,33 @@ struct ContextScanForward {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) squares[k] = u[k] * u[k];
       const auto level = Sums::first({tree_sum(u), tree_sum(squares)});
-      shared.slots.tell_emptied(turn);
+      w.slots.tell_emptied(turn);
       turn.advance(1);
       L::pack(w.c, raw);
       const bool lifted = L::any_reaches(raw, w.edge);
-      const auto total = Sums::finish(level, shared.sums, buffer, 1, [&](int k) {
+      const auto total = Sums::finish(level, w.exchange, buffer, [&](int k) {
         if (k == 0) {
           if (lifted) mark(w, y, raw);
           L::store(before, stored, row.thread, raw);
         } else if (k == 1) {
-          take(shared, row.thread, turn, forget, write);
+          take(w, turn, forget, write);
         }
       });
       const float mean = total.x[0] * w.scale, variance = fmaf(-mean, mean, total.x[1] * w.scale);
-      float rstd = rsqrt_fast(variance + w.eps);
-      if (variance < mean * mean) rstd = rsqrt_fast(centred(shared, row, w, u, mean) + w.eps);
+      const auto normalise = [&](float rstd) {
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        y[k] = fmaf(u[k] - mean, rstd * w.weight[k], w.bias[k]);
-        w.c[k] = clamped(y[k], w.clamp);
-      }
+        for (int k = 0; k < kColumns; ++k) {
+          y[k] = fmaf(u[k] - mean, rstd * w.weight[k], w.bias[k]);
+          w.c[k] = clamped(y[k], w.clamp);
+        }
+      };
+      // The question comes last, when its answer has long been there; the compiler would ask first, and wait.
+      normalise(rsqrt_fast(variance + w.eps));
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) asm volatile("" : "+f"(w.c[k]), "+f"(y[k]));
+      if (variance < mean * mean) [[unlikely]] normalise(rsqrt_fast(centred(row, w, u, mean) + w.eps));
     }
-    shared.slots.tell_emptied(turn);  // the last, which was empty
+    w.slots.tell_emptied(turn);  // the last, which was empty
     count += uint32_t(steps) + 1;
     L::pack(w.c, raw);
     if (L::any_reaches(raw, w.edge)) mark(w, y, raw);
@@ -201,15 +215,15 @@ struct ContextScanForward {
   }
 
   // Where the mean would eat the digits of the variance: from centred squares.
-  static __device__ __forceinline__ float centred(Shared& shared, const Row& row, const Walker& w,
-                                               const float (&u)[kColumns], float mean) {
+  static __device__ __forceinline__ float centred(const Row& row, const Walker& w, const float (&u)[kColumns],
+                                               float mean) {
     float squares = 0.0f;
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       const float from_mean = L::column_of(row.thread, k) < row.D ? u[k] - mean : 0.0f;
       squares = fmaf(from_mean, from_mean, squares);
     }
-    return Sums::sum({squares, 0.0f}, shared.sums, 2).x[0] * w.scale;
+    return Sums::sum({squares, 0.0f}, w.exchange, 2).x[0] * w.scale;
   }
 
   struct Cell {
@@ -221,7 +235,8 @@ struct ContextScanForward {
     uint32_t count = 0;
     int64_t b = 0;
 
-    __device__ __forceinline__ Cell(const ContextScanRun& run, Shared& shared) : run_(run), shared(shared) {
+    __device__ __forceinline__ Cell(const ContextScanRun& run, Shared& shared)
+        : run_(run), shared(shared), walker(shared) {
       walks = warp_of_block() < L::W;
       row_.D = int(run.args.D);
       row_.thread = threadIdx.x % kThreads;
@@ -254,14 +269,14 @@ struct ContextScanForward {
       const int64_t first = chunk * run_.chunks.steps, last = first + run_.chunks.steps;
       const int64_t end = last < run_.args.T ? last : run_.args.T;
       if (walks) {
-        walk(shared, row_, walker, first, end, final, count);
+        walk(row_, walker, first, end, final, count);
       } else {
-        help(shared, row_, warp_of_block() / L::W - 1, first, end, count);
+        help(shared, walker.slots, row_, warp_of_block() / L::W - 1, first, end, count);
       }
     }
 
     __device__ __forceinline__ float change(const float* old) {
-      return walks ? change_of<L, Sums>(walker.c, old, row_.D, row_.thread, shared.sums) : 0.0f;
+      return walks ? change_of<L, Sums>(walker.c, old, row_.D, row_.thread, walker.exchange) : 0.0f;
     }
 
     __device__ __forceinline__ void keep(float* state) {
@@ -277,7 +292,7 @@ __global__ void __launch_bounds__(Forward::kBlockThreads, Forward::kBlocks)
     context_scan_kernel(const __grid_constant__ ContextScanRun run) {
   extern __shared__ __align__(16) unsigned char bytes[];
   typename Forward::Shared& shared = *reinterpret_cast<typename Forward::Shared*>(bytes);
-  if (threadIdx.x == 0) shared.slots.init(Forward::kWarps);
+  if (threadIdx.x == 0) shared.barriers.init(Forward::kWarps);
   __syncthreads();
   typename Forward::Cell cell(run, shared);
   walk_chunks(run.chunks, cell, shared.flag);

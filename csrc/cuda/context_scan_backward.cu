@@ -1,6 +1,7 @@
 // Launches of context_scan_backward.cuh.
 #include "context_scan_backward.cuh"
 
+#include <cmath>
 #include <limits>
 
 #include "context_scan_launch.cuh"
@@ -9,8 +10,10 @@
 namespace newllm::cuda {
 namespace {
 
+constexpr int steps_ahead(int warps, bool wide) { return wide ? 2 : warps > 4 ? 3 : 4; }
+
 template <class L>
-using BackwardOf = ContextScanBackward<L, L::W > 4 ? 3 : 4, L::W == 1 ? 0 : 1, L::W > 4 ? 1 : 8 / L::W>;
+using BackwardOf = ContextScanBackward<L, steps_ahead(L::W, (L::kColumns > 8)), (L::W > 4 ? 1 : 8 / L::W)>;
 
 template <class L>
 cudaError_t run_backward(ContextScanBackwardRun run, cudaStream_t stream) {
@@ -24,7 +27,7 @@ cudaError_t run_backward(ContextScanBackwardRun run, cudaStream_t stream) {
   if (error == cudaSuccess) error = allow_shared_memory<kKernel>(device.index, kShared);
   if (error != cudaSuccess) return error;
   const float clamp = float(run.args.norm.clamp_value);
-  run.edge = isinf(clamp) ? std::numeric_limits<float>::quiet_NaN() : float(T(clamp));
+  run.edge = std::isinf(clamp) ? std::numeric_limits<float>::quiet_NaN() : float(T(clamp));
   error = launch_passes(run.chunks, [&](const Chunks& chunks, int64_t blocks) {
     run.chunks = chunks;
     kKernel<<<static_cast<unsigned>(blocks), Backward::kThreads, kShared, stream>>>(run);

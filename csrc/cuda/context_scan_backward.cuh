@@ -22,11 +22,11 @@ struct ContextScanBackwardRun {
   float* shares = nullptr;     // (2, B * chunks, D): of the gradients of weight and bias
 };
 
-template <class L, int AHEAD, int SKIP, int BLOCKS>
+template <class L, int AHEAD, int BLOCKS>
 struct ContextScanBackward {
   using T = typename L::Storage;
   using Raw = typename L::Raw;
-  using Sums = RowSums<L, 4, SKIP>;
+  using Sums = RowSums<L, 4>;
   using Values = typename Sums::Values;
   static constexpr int kColumns = L::kColumns, kThreads = L::kThreads, kBlocks = BLOCKS;
   static constexpr bool kMarked = sizeof(T) == 2;  // 16-bit contexts say what the clamp cut
@@ -52,6 +52,9 @@ struct ContextScanBackward {
     float weight[kColumns], carry[kColumns], grad_weight[kColumns], grad_bias[kColumns];
     float bias[kMarked ? 1 : kColumns];
     float eps, scale, clamp, edge;
+    typename Sums::Exchange exchange;
+
+    explicit __device__ __forceinline__ Walker(const Shared& shared) : exchange(shared.sums) {}
   };
 
   // Of a step, from its inputs alone. du of f, i, d and of what goes on to the step before are its products with these.
@@ -141,20 +144,20 @@ struct ContextScanBackward {
   }
 
   // u becomes xhat. Every thread of the row must call.
-  static __device__ __forceinline__ void normalise(Shared& shared, const Row& row, const Walker& w, const Values& v,
-                                                   Step& step) {
+  static __device__ __forceinline__ void normalise(const Row& row, const Walker& w, const Values& v, Step& step) {
     const float mean = v.x[2] * w.scale;
     float variance = fmaf(-mean, mean, v.x[3] * w.scale);
-    if (variance < mean * mean) {  // the mean would eat its digits: from centred squares
+    step.rstd = rsqrt_fast(variance + w.eps);
+    if (variance < mean * mean) [[unlikely]] {  // the mean would eat its digits: from centred squares
       Values squares = {};
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         const float from_mean = L::column_of(row.thread, k) < row.D ? step.x[k] - mean : 0.0f;
         squares.x[0] = fmaf(from_mean, from_mean, squares.x[0]);
       }
-      variance = Sums::sum(squares, shared.sums, 2).x[0] * w.scale;
+      variance = Sums::sum(squares, w.exchange, 2).x[0] * w.scale;
+      step.rstd = rsqrt_fast(variance + w.eps);
     }
-    step.rstd = rsqrt_fast(variance + w.eps);
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) step.x[k] = (step.x[k] - mean) * step.rstd;
   }
@@ -231,8 +234,8 @@ struct ContextScanBackward {
     int at = 0;
     take(shared, row, reads, at, raw);
     prepare(row, w, end - 1, raw, steps[0], v, cut_next);
-    v = Sums::sum(v, shared.sums, int(end & 1));
-    normalise(shared, row, w, v, steps[0]);
+    v = Sums::sum(v, w.exchange, int(end & 1));
+    normalise(row, w, v, steps[0]);
     const auto one = [&](int64_t t, Step& step, Step& next) {
       float g[kColumns];
       gradient(w, step, cut, g, v);
@@ -241,9 +244,9 @@ struct ContextScanBackward {
         take(shared, row, reads, at, raw);
         prepare(row, w, t - 1, raw, next, v, cut_next);
       }
-      v = Sums::sum(v, shared.sums, int(t & 1));
+      v = Sums::sum(v, w.exchange, int(t & 1));
       hand_back(row, w, out, step, g, v, final);
-      if (t > first) normalise(shared, row, w, v, next);
+      if (t > first) normalise(row, w, v, next);
     };
     for (int64_t t = end - 1; t >= first; t -= 2) {
       one(t, steps[0], steps[1]);
@@ -259,7 +262,8 @@ struct ContextScanBackward {
     Walker walker;
     int64_t b = 0;
 
-    __device__ __forceinline__ Cell(const ContextScanBackwardRun& run, Shared& shared) : run_(run), shared(shared) {
+    __device__ __forceinline__ Cell(const ContextScanBackwardRun& run, Shared& shared)
+        : run_(run), shared(shared), walker(shared) {
       row_.D = int(run.args.D);
       row_.thread = threadIdx.x;
       const NormParams& norm = run.args.norm;
@@ -312,7 +316,7 @@ struct ContextScanBackward {
     }
 
     __device__ __forceinline__ float change(const float* old) {
-      return change_of<L, Sums>(walker.carry, old, row_.D, row_.thread, shared.sums);
+      return change_of<L, Sums>(walker.carry, old, row_.D, row_.thread, walker.exchange);
     }
 
     __device__ __forceinline__ void keep(float* state) { L::store_state(state, row_.D, row_.thread, walker.carry); }

@@ -32,12 +32,12 @@ struct CellRow {
   // Mean and 1 / standard deviation from the sums of u and u^2 over a row. All threads of a group must call.
   template <class Sums>
   static __device__ __forceinline__ float2 statistics(const float (&u)[kColumns], int D, float eps,
-                                                      typename Sums::Shared& shared, int barrier) {
+                                                      const typename Sums::Exchange& exchange) {
     float squares[kColumns];
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) squares[k] = u[k] * u[k];
     const float scale = 1.0f / float(D);
-    const auto total = Sums::sum({tree_sum(u), tree_sum(squares)}, shared, 0, barrier);
+    const auto total = Sums::sum({tree_sum(u), tree_sum(squares)}, exchange, 0);
     const float mean = total.x[0] * scale;
     float variance = fmaf(-mean, mean, total.x[1] * scale);
     // Groups of a warp go together.
@@ -49,7 +49,7 @@ struct CellRow {
         const float from_mean = Gate::column_of(thread(), k) < D ? u[k] - mean : 0.0f;
         centred = fmaf(from_mean, from_mean, centred);
       }
-      const float sum = Sums::sum({centred, 0.0f}, shared, 1, barrier).x[0];
+      const float sum = Sums::sum({centred, 0.0f}, exchange, 1).x[0];
       variance = cancels ? sum * scale : variance;
     }
     return {mean, rsqrt_fast(variance + eps)};
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(R::kThreads, BLOCKS)
   using State = typename R::State;
   using T = typename Gate::Storage;
   using S = typename State::Storage;
-  using Sums = RowSums<Gate, 2, 0>;
+  using Sums = RowSums<Gate, 2>;
   __shared__ typename Sums::Shared shared[R::kGroups];
   const int64_t b = int64_t(blockIdx.x) * R::kGroups + R::group();
   const bool there = b < args.B;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(R::kThreads, BLOCKS)
     u[k] = fmaf(forget, State::get(c, k), write);
   }
   const NormParams& norm = args.norm;
-  const float2 s = R::template statistics<Sums>(u, D, float(norm.eps), shared[R::group()], 1 + R::group());
+  const float2 s = R::template statistics<Sums>(u, D, float(norm.eps), typename Sums::Exchange(shared[R::group()], 1 + R::group()));
   Gate::parameter(norm.weight, norm.weight_dtype, 1.0f, D, thread, weight);
   Gate::parameter(norm.bias, norm.bias_dtype, 0.0f, D, thread, bias);
 #pragma unroll
@@ -100,7 +100,8 @@ struct ContextUpdateBackward {
   using State = typename R::State;
   using T = typename Gate::Storage;
   using S = typename State::Storage;
-  using Sums = RowSums<Gate, 2, 0>;
+  using Sums = RowSums<Gate, 2>;
+  using Exchange = typename Sums::Exchange;
   static constexpr int kColumns = R::kColumns, kThreads = R::kThreads, kGroups = R::kGroups;
   static constexpr int kAhead = AHEAD, kBlocks = BLOCKS;
 
@@ -110,7 +111,7 @@ struct ContextUpdateBackward {
   };
   struct Shared {
     Waiting waiting[Gate::ALIGNED ? AHEAD : 1][R::kGroups];
-    typename Sums::Shared statistics[R::kGroups], sums[R::kGroups];
+    typename Sums::Shared sums[R::kGroups];
   };
   struct Inputs {
     typename Gate::Raw f, i, d;
@@ -155,10 +156,10 @@ struct ContextUpdateBackward {
     float weight[kColumns] = {}, bias[kColumns] = {};
   };
 
-  static __device__ __forceinline__ void one_row(const ContextBackwardArgs& args, Shared& shared, int64_t b,
+  static __device__ __forceinline__ void one_row(const ContextBackwardArgs& args, const Exchange& exchange, int64_t b,
                                                  const Inputs& in, const float (&weight)[kColumns],
                                                  const float (&bias)[kColumns], Gradients& grads) {
-    const int D = int(args.D), thread = R::thread(), group = R::group();
+    const int D = int(args.D), thread = R::thread();
     float x[kColumns], of_f[kColumns], of_i[kColumns], of_d[kColumns], forget[kColumns], g[kColumns];
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
@@ -171,7 +172,7 @@ struct ContextUpdateBackward {
       of_d[k] = input.value * delta.slope;
       x[k] = fmaf(keep.value, c, input.value * delta.value);
     }
-    const float2 s = R::template statistics<Sums>(x, D, float(args.norm.eps), shared.statistics[group], 1 + group);
+    const float2 s = R::template statistics<Sums>(x, D, float(args.norm.eps), exchange);
     const float clamp = float(args.norm.clamp_value), scale = 1.0f / float(D);
     float products[kColumns];
 #pragma unroll
@@ -184,7 +185,7 @@ struct ContextUpdateBackward {
       g[k] *= weight[k];
       products[k] = g[k] * x[k];
     }
-    const auto total = Sums::sum({tree_sum(g), tree_sum(products)}, shared.sums[group], 0, 1 + group);
+    const auto total = Sums::sum({tree_sum(g), tree_sum(products)}, exchange, 2);
     if (b >= args.B) return;
     const float mean_g = total.x[0] * scale, mean_gx = total.x[1] * scale;
 #pragma unroll
@@ -223,13 +224,14 @@ __global__ void __launch_bounds__(Backward::kThreads, Backward::kBlocks)
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) Backward::fetch(args, shared, first + group + k * stride, k);
   }
+  const typename Backward::Exchange exchange(shared.sums[group], 1 + group);
   int at = 0;
   for (int64_t b = first; b < args.B; b += stride) {
     typename Backward::Inputs in;
     Backward::take(args, shared, b + group, at, in);
     if constexpr (Gate::ALIGNED) Backward::fetch(args, shared, b + group + kAhead * stride, at);
     at = at + 1 == kAhead ? 0 : at + 1;
-    Backward::one_row(args, shared, b + group, in, weight, bias, grads);
+    Backward::one_row(args, exchange, b + group, in, weight, bias, grads);
   }
   if constexpr (Gate::ALIGNED) copy_async_wait<0>();
   __syncthreads();

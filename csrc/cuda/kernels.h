@@ -46,15 +46,11 @@ cudaError_t context_scan_backward(const ContextBackwardArgs& args, const TimeChu
 // Widest D whose slots fit into the shared memory of one block of this device, forward and backward.
 int64_t context_scan_max_width(int device);
 
-// Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
-// 2 * context_update_blocks(B) * D floats.
+// Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell, rows of up to context_update_max_width.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);
-cudaError_t context_update_backward(const ContextBackwardArgs& args, float* partial, cudaStream_t stream);
+cudaError_t context_update_backward(const ContextBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
-// Blocks of the backward: a function of the shape only, so that sums are added in the same order on every GPU.
-int64_t context_update_blocks(int64_t rows);
-
-// Widest D whose row fits into the shared memory of one block of this device (forward and backward).
+// Widest D whose row fits into registers, or into the shared memory of one block of this device, forward and backward.
 int64_t context_update_max_width(int device);
 
 }  // namespace newllm::cuda

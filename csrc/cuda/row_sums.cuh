@@ -4,20 +4,33 @@
 
 #include "cell.cuh"
 #include "row_parts.cuh"
+#include "slots.cuh"
 
 namespace newllm::cuda {
 
-template <class L, int N, int SKIP>
+template <class L, int N>
 struct RowSums {
-  static constexpr int kShares = 1 << SKIP;  // of a warp: SKIP levels of shuffles are left to whoever adds the warps up
-
   struct Values {
     float x[N];
   };
   // Calls one after the other take different buffers.
   struct alignas(16) Shared {
-    float shares[3][L::W * kShares][N];
+    float shares[3][L::W][N];
   };
+  // A thread's view of it.
+  struct Exchange {
+    uint32_t address, mine;  // where a buffer begins, and where in it this lane's value goes
+    int barrier;
+
+    explicit __device__ __forceinline__ Exchange(const Shared& shared, int barrier = 1)
+        : address(shared_word_once(shared.shares)), barrier(barrier) {
+      const int lane = threadIdx.x % 32, warp = int(threadIdx.x) / 32 % L::W;
+      mine = address + 4 * (warp * N + lane);
+    }
+  };
+  static constexpr int kSpan = L::kThreads < 32 ? L::kThreads : 32;  // lanes that shuffles add up
+  static constexpr int kBufferBytes = 4 * L::W * N;
+
   struct Level {
     float kept[N / 2], came[N / 2];
   };
@@ -36,9 +49,8 @@ struct RowSums {
 
   // The others. Every thread of the row must call, and gets all sums. between(k) runs while shuffle k is on its way.
   template <class Between>
-  static __device__ __forceinline__ Values finish(const Level& level, Shared& shared, int buffer, int barrier,
+  static __device__ __forceinline__ Values finish(const Level& level, const Exchange& exchange, int buffer,
                                                   const Between& between) {
-    const int lane = threadIdx.x % 32, warp = int(threadIdx.x) / 32 % L::W;
     float x = level.kept[0] + level.came[0];
     int level_number = 0;
     if constexpr (N == 4) {
@@ -48,7 +60,6 @@ struct RowSums {
       between(level_number++);
       x = (second ? y : x) + came;
     }
-    constexpr int kSpan = L::W > 1 ? 32 >> SKIP : L::kThreads;
 #pragma unroll
     for (int offset = N; offset < kSpan; offset *= 2) {
       const float came = __shfl_xor_sync(0xffffffffu, x, offset);
@@ -60,27 +71,25 @@ struct RowSums {
 #pragma unroll
       for (int n = 0; n < N; ++n) sums.x[n] = __shfl_sync(0xffffffffu, x, n, L::kThreads);
     } else {
-      if (lane % kSpan < N) shared.shares[buffer][warp * kShares + lane / kSpan][lane % kSpan] = x;
-      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(L::kThreads) : "memory");
-      add_up(shared, buffer, sums);
+      if (threadIdx.x % 32 < N) store_shared(exchange.mine + buffer * kBufferBytes, x);
+      asm volatile("bar.sync %0, %1;" ::"r"(exchange.barrier), "n"(L::kThreads) : "memory");
+      add_up(exchange.address + buffer * kBufferBytes, sums);
     }
     return sums;
   }
 
-  static __device__ __forceinline__ Values sum(const Values& v, Shared& shared, int buffer, int barrier = 1) {
-    return finish(first(v), shared, buffer, barrier, [](int) {});
+  static __device__ __forceinline__ Values sum(const Values& v, const Exchange& exchange, int buffer) {
+    return finish(first(v), exchange, buffer, [](int) {});
   }
 
  private:
-  static __device__ __forceinline__ void add_up(const Shared& shared, int buffer, Values& sums) {
-    constexpr int kAll = L::W * kShares;
-    using Row = std::conditional_t<N == 4, float4, float2>;
-    const Row* all = reinterpret_cast<const Row*>(shared.shares[buffer]);
+  static __device__ __forceinline__ void add_up(uint32_t shares, Values& sums) {
+    constexpr int kAll = L::W;
     if constexpr (kAll > 8) {  // each lane one of them: to hold all would take too many registers
-      static_assert(kAll <= 32);
-      const Row mine = all[threadIdx.x % kAll];
-#pragma unroll
-      for (int n = 0; n < N; ++n) sums.x[n] = reinterpret_cast<const float*>(&mine)[n];
+      static_assert(kAll <= 32 && N == 2);
+      const float4 two = load_shared(shares + 16 * (threadIdx.x % kAll / 2));
+      const bool odd = threadIdx.x & 1;
+      sums.x[0] = odd ? two.z : two.x, sums.x[1] = odd ? two.w : two.y;
 #pragma unroll
       for (int offset = 1; offset < kAll; offset *= 2) {
 #pragma unroll
@@ -90,7 +99,7 @@ struct RowSums {
       float part[N][kAll];
 #pragma unroll
       for (int k = 0; k < kAll * N / 4; ++k) {
-        const float4 four = reinterpret_cast<const float4*>(all)[k];
+        const float4 four = load_shared(shares + 16 * k);
         part[0][k * 4 / N] = four.x;
         part[1][k * 4 / N] = four.y;
         if constexpr (N == 4) {
@@ -108,7 +117,7 @@ struct RowSums {
 // The squared part of itself by which a state has moved, for the threads of the row.
 template <class L, class Sums>
 __device__ __forceinline__ float change_of(const float (&state)[L::kColumns], const float* old, int D, int thread,
-                                           typename Sums::Shared& shared) {
+                                           const typename Sums::Exchange& exchange) {
   typename Sums::Values v = {};
 #pragma unroll
   for (int k = 0; k < L::kColumns; ++k) {
@@ -119,7 +128,7 @@ __device__ __forceinline__ float change_of(const float (&state)[L::kColumns], co
     v.x[1] = fmaf(state[k], state[k], v.x[1]);
   }
   if constexpr (L::W > 1) asm volatile("bar.sync 1, %0;" ::"n"(L::kThreads) : "memory");  // the buffer may be in use
-  v = Sums::sum(v, shared, 2);
+  v = Sums::sum(v, exchange, 2);
   return v.x[0] == 0.0f ? 0.0f : v.x[0] / v.x[1];
 }
 
