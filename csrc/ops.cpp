@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "clamp, int steps, float tolerance, Tensor(a!)? change) -> (Tensor c, Tensor c_last)");
   m.def(
       "context_scan_in_time_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor c, "
-      "Tensor c0, Tensor? weight, Tensor? bias, float eps, float clamp, int steps, float tolerance, Tensor(a!)? change) "
+      "Tensor c0, Tensor? weight, Tensor? bias, float eps, float clamp, int steps, float tolerance, Tensor(a!)? "
+      "change) "
       "-> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "

@@ -11,8 +11,8 @@ __device__ __forceinline__ float rsqrt_fast(float x) {
   return y;
 }
 
-// Numerator of tanh |d| over 1 + e with e = e^-2|d|. 16-bit gates do without the series for small d: what 1 - e loses there,
-// 6e-8, is a thousandth of what their own rounding leaves of the step's sum.
+// Numerator of tanh |d| over 1 + e with e = e^-2|d|. 16-bit gates do without the series for small d: what 1 - e loses
+// there, 6e-8, is a thousandth of what their own rounding leaves of the step's sum.
 template <class T>
 __device__ __forceinline__ float delta_numerator(float d, float e) {
   return sizeof(T) == 2 ? 1.0f - e : tanh_numerator(d, e);

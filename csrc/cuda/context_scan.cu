@@ -32,8 +32,8 @@ cudaError_t launch(const ContextScanRun& run, int64_t blocks, int device, cudaSt
   return cudaGetLastError();
 }
 
-// The largest magnitude that the dtype holds below the clamp: what was not cut stays below it, so that the backward can tell
-// (context_scan/reference.py). float32 needs no such mark.
+// The largest magnitude that the dtype holds below the clamp: what was not cut stays below it, so that the backward can
+// tell (context_scan/reference.py). float32 needs no such mark.
 template <class T>
 void set_mark(ContextScanRun& run) {
   if constexpr (sizeof(T) == 2) {
@@ -59,7 +59,7 @@ cudaError_t run_forward(ContextScanRun run, cudaStream_t stream) {
   });
 }
 
-// What the forward of a width takes of shared memory; the backward takes less.
+// What the forward of a width takes of shared memory, at most.
 template <class T>
 int64_t shared_memory(int64_t D) {
   int64_t bytes = 0;
@@ -77,7 +77,8 @@ int64_t context_scan_max_width(int device) {
   int bytes = 0;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
   for (const int64_t D : {4096, 2048, 1024, 512, 256}) {
-    if (std::max(shared_memory<float>(D), shared_memory<__half>(D)) <= bytes) return D;
+    const int64_t forward = std::max(shared_memory<float>(D), shared_memory<__half>(D));
+    if (std::max(forward, context_scan_backward_shared_memory(D)) <= bytes) return D;
   }
   return 0;
 }

@@ -1,14 +1,14 @@
-// The cell over a sequence, LayerNorm and clamp in the loop. A block walks the steps of one row of the batch, or of a chunk of
-// its time.
+// The cell over a sequence, LayerNorm and clamp in the loop. A block walks the steps of one row of the batch, or of a
+// chunk of its time.
 //
-// Forward, half of the warps (helpers) load the gates some steps ahead and leave sigmoid(f) and sigmoid(i) tanh(d) in a ring
-// of slots; the other half (walkers) only do what waits for the step before:
+// Forward, half of the warps (helpers) load the gates some steps ahead and leave sigmoid(f) and sigmoid(i) tanh(d) in a
+// ring of slots; the other half (walkers) only do what waits for the step before:
 //
-//     u = forget c + write; sums of u and u^2 over the row: a warp's by shuffles, both in one; the warps' through shared memory
-//     and one barrier; c = clamp((u - mean) rstd weight + bias)
+//     u = forget c + write; sums of u and u^2 over the row: a warp's by shuffles, both in one; the warps' through
+//     shared memory and one barrier; c = clamp((u - mean) rstd weight + bias)
 //
-// A step is as long as this chain, some 350 cycles. What of it can wait (storing contexts, taking the next slot) is done
-// while the first shuffle is on its way.
+// A step is as long as this chain, some 350 cycles. What of it can wait (storing contexts, taking the next slot) is
+// done while the first shuffle is on its way.
 #pragma once
 
 #include "cell.cuh"
@@ -21,13 +21,14 @@ namespace newllm::cuda {
 struct ContextScanRun {
   ContextArgs args;
   Chunks chunks;
-  // In 16 bits: the clamp in storage, twice, and the next smaller value, the most that contexts have which were not cut.
+  // In 16 bits: the clamp in storage, twice, and the next smaller value, the most that contexts have which were not
+  // cut.
   uint32_t edge = 0;
   float below = 0;
 };
 
-// HELPERS: groups of helpers. SLOTS of the ring; steps whose loads are AHEAD of a helper; BLOCKS of a multiprocessor that
-// registers are kept few enough for.
+// HELPERS: groups of helpers. SLOTS of the ring; steps whose loads are AHEAD of a helper; BLOCKS of a multiprocessor
+// that registers are kept few enough for.
 template <class L, int HELPERS, int SLOTS, int AHEAD, int BLOCKS>
 struct ContextScanForward {
   using T = typename L::Storage;
@@ -52,17 +53,19 @@ struct ContextScanForward {
     int D, thread;  // among the helpers, or the walkers
   };
 
-  // Fills slots with the steps begin .. end - 1, group `group` of the helpers every HELPERS-th; `count` slots were filled
-  // before.
-  static __device__ __forceinline__ void help(Shared& shared, const Slots<SLOTS>& slots, const Row& row, int group, int64_t begin, int64_t end,
-                                              uint32_t& count) {
+  // Fills slots with the steps begin .. end - 1, group `group` of the helpers every HELPERS-th; `count` slots were
+  // filled before.
+  static __device__ __forceinline__ void help(Shared& shared, const Slots<SLOTS>& slots, const Row& row, int group,
+                                              int64_t begin, int64_t end, uint32_t& count) {
     const int steps = int(end - begin);
     if (steps <= 0) return;
     begin += group;
     const T *next_f = row.f + begin * row.f_step, *next_i = row.i + begin * row.i_step,
             *next_d = row.d + begin * row.d_step;
     int left = end > begin ? int((end - begin + HELPERS - 1) / HELPERS) : 0, to_fetch = left;
-    const auto on = [&] { next_f += HELPERS * row.f_step, next_i += HELPERS * row.i_step, next_d += HELPERS * row.d_step; };
+    const auto on = [&] {
+      next_f += HELPERS * row.f_step, next_i += HELPERS * row.i_step, next_d += HELPERS * row.d_step;
+    };
     const auto fetch = [&](int at) {
       if (to_fetch > 0) {
         L::copy(shared.raw[group][at][0][0], next_f, row.D, row.thread);
@@ -125,7 +128,7 @@ struct ContextScanForward {
   struct Walker {
     float weight[kColumns], bias[kColumns], c[kColumns];
     float eps, scale, clamp, below;
-    uint32_t edge;  // the clamp in storage, twice
+    uint32_t edge;   // the clamp in storage, twice
     uint32_t gates;  // where this thread's begin
     Slots<SLOTS> slots;
     typename Sums::Exchange exchange;
@@ -149,8 +152,8 @@ struct ContextScanForward {
     }
   }
 
-  // In 16 bits what was cut from y has the clamp's magnitude, all else a smaller one (context_scan/reference.py). `raw` holds
-  // the clamped contexts, some of which rounding may have lifted there.
+  // In 16 bits what was cut from y has the clamp's magnitude, all else a smaller one (context_scan/reference.py). `raw`
+  // holds the clamped contexts, some of which rounding may have lifted there.
   static __device__ __forceinline__ void mark(const Walker& w, const float (&y)[kColumns], Raw& raw) {
     float kept[kColumns];
 #pragma unroll
@@ -161,8 +164,8 @@ struct ContextScanForward {
     L::pack(kept, raw);
   }
 
-  // Walks the steps begin .. end - 1 from the state w.c, and leaves the last one there. The contexts of a step are stored
-  // during the next.
+  // Walks the steps begin .. end - 1 from the state w.c, and leaves the last one there. The contexts of a step are
+  // stored during the next.
   static __device__ __forceinline__ void walk(const Row& row, Walker& w, int64_t begin, int64_t end, bool store,
                                               uint32_t& count) {
     const int steps = int(end - begin);
@@ -205,7 +208,8 @@ struct ContextScanForward {
       normalise(rsqrt_fast(variance + w.eps));
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) asm volatile("" : "+f"(w.c[k]), "+f"(y[k]));
-      if (variance < mean * mean) [[unlikely]] normalise(rsqrt_fast(centred(row, w, u, mean) + w.eps));
+      if (variance < mean * mean) [[unlikely]]
+        normalise(rsqrt_fast(centred(row, w, u, mean) + w.eps));
     }
     w.slots.tell_emptied(turn);  // the last, which was empty
     count += uint32_t(steps) + 1;
@@ -216,7 +220,7 @@ struct ContextScanForward {
 
   // Where the mean would eat the digits of the variance: from centred squares.
   static __device__ __forceinline__ float centred(const Row& row, const Walker& w, const float (&u)[kColumns],
-                                               float mean) {
+                                                  float mean) {
     float squares = 0.0f;
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {

@@ -1,9 +1,10 @@
-// Launches of context_scan_backward.cuh.
-#include "context_scan_backward.cuh"
-
+// Launches of context_scan's backward: which kernel, and which tile of it, for which width and number of blocks.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "context_scan_backward.cuh"
+#include "context_scan_backward_alone.cuh"
 #include "context_scan_launch.cuh"
 #include "sum_parts.cuh"
 
@@ -13,32 +14,61 @@ namespace {
 constexpr int steps_ahead(int warps, bool wide) { return wide ? 2 : warps > 4 ? 3 : 4; }
 
 template <class L>
-using BackwardOf = ContextScanBackward<L, steps_ahead(L::W, (L::kColumns > 8)), (L::W > 4 ? 1 : 8 / L::W)>;
+using Many = ContextScanBackward<L, steps_ahead(L::W, (L::kColumns > 8)), (L::W > 4 ? 1 : 8 / L::W)>;
 
+// Of up to 1024 columns; slots of more would not fit.
 template <class L>
-cudaError_t run_backward(ContextScanBackwardRun run, cudaStream_t stream) {
-  using Backward = BackwardOf<L>;
-  using T = typename L::Storage;
+using Alone = ContextScanBackwardAlone<L, 2, (sizeof(typename L::Storage) == 4 ? 3 : 4), (L::W > 2 ? 2 : 3)>;
+
+template <class Backward>
+cudaError_t launch(const ContextScanBackwardRun& run, int64_t blocks, int device, cudaStream_t stream) {
   constexpr auto kKernel = context_scan_backward_kernel<Backward>;
   constexpr size_t kShared = sizeof(typename Backward::Shared);
   static_assert(kShared <= 227 * 1024);
+  const cudaError_t error = allow_shared_memory<kKernel>(device, kShared);
+  if (error != cudaSuccess) return error;
+  kKernel<<<static_cast<unsigned>(blocks), Backward::kBlockThreads, kShared, stream>>>(run);
+  return cudaGetLastError();
+}
+
+template <class L>
+cudaError_t run_backward(ContextScanBackwardRun run, cudaStream_t stream) {
+  using T = typename L::Storage;
   Device device;
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = allow_shared_memory<kKernel>(device.index, kShared);
   if (error != cudaSuccess) return error;
   const float clamp = float(run.args.norm.clamp_value);
   run.edge = std::isinf(clamp) ? std::numeric_limits<float>::quiet_NaN() : float(T(clamp));
   error = launch_passes(run.chunks, [&](const Chunks& chunks, int64_t blocks) {
     run.chunks = chunks;
-    kKernel<<<static_cast<unsigned>(blocks), Backward::kThreads, kShared, stream>>>(run);
-    return cudaGetLastError();
+    if constexpr (L::W <= 4) {
+      if (blocks <= device.multiprocessors) return launch<Alone<L>>(run, blocks, device.index, stream);
+    }
+    return launch<Many<L>>(run, blocks, device.index, stream);
   });
   if (error != cudaSuccess) return error;
   return sum_parts(run.shares, run.args.B * run.chunks.chunks, run.args.D, run.args.grad_weight, run.args.grad_bias,
                    stream);
 }
 
+// What the backward of a width takes of shared memory, at most.
+template <class T>
+int64_t shared_memory(int64_t D) {
+  int64_t bytes = 0;
+  for_width<T, true>(D, [&](auto layout) {
+    using L = decltype(layout);
+    bytes = sizeof(typename Many<L>::Shared);
+    if constexpr (L::W <= 4) bytes = std::max(bytes, int64_t(sizeof(typename Alone<L>::Shared)));
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
 }  // namespace
+
+int64_t context_scan_backward_shared_memory(int64_t D) {
+  return std::max(shared_memory<float>(D), shared_memory<__half>(D));
+}
 
 cudaError_t context_scan_backward(const ContextBackwardArgs& args, const TimeChunks& time, const Scratch& scratch,
                                   cudaStream_t stream) {
@@ -50,7 +80,8 @@ cudaError_t context_scan_backward(const ContextBackwardArgs& args, const TimeChu
   return for_storage(args.dtype, [&](auto tag) {
     using T = decltype(tag);
     bool aligned = args.D * sizeof(T) % 16 == 0;
-    for (const View3* view : {&args.f, &args.i, &args.d, &args.c, &args.grad_c, &args.grad_f, &args.grad_i, &args.grad_d}) {
+    for (const View3* view :
+         {&args.f, &args.i, &args.d, &args.c, &args.grad_c, &args.grad_f, &args.grad_i, &args.grad_d}) {
       aligned = aligned && rows_at_16_bytes(*view, sizeof(T));
     }
     const auto with = [&](auto layout) { return run_backward<decltype(layout)>(run, stream); };

@@ -7,6 +7,9 @@
 
 namespace newllm::cuda {
 
+// Of one block, at most.
+int64_t context_scan_backward_shared_memory(int64_t D);
+
 // Launches all passes: launch(chunks, blocks) for each, until one fails.
 template <class Launch>
 cudaError_t launch_passes(Chunks chunks, const Launch& launch) {
@@ -17,8 +20,7 @@ cudaError_t launch_passes(Chunks chunks, const Launch& launch) {
   };
   if (chunks.chunks == 1) return pass(Pass::kWhole, 0, chunks.B);
   for (int number = 0; number < kContextPasses; ++number) {
-    const cudaError_t error =
-        pass(number == 0 ? Pass::kFirst : Pass::kAgain, number, chunks.B * (chunks.chunks - 1));
+    const cudaError_t error = pass(number == 0 ? Pass::kFirst : Pass::kAgain, number, chunks.B * (chunks.chunks - 1));
     if (error != cudaSuccess) return error;
   }
   return pass(Pass::kRest, kContextPasses, chunks.B);

@@ -7,7 +7,7 @@ namespace {
 template <class R>
 cudaError_t run_forward(const ContextArgs& args, cudaStream_t stream) {
   // Registers are kept few enough for that many blocks of a multiprocessor: 1024 threads.
-  constexpr auto kKernel = context_update_kernel<R, R::kColumns == 8 ? 1024 / R::kThreads : 1>;
+  constexpr auto kKernel = context_update_kernel < R, R::kColumns == 8 ? 1024 / R::kThreads : 1 > ;
   const int64_t blocks = (args.B + R::kGroups - 1) / R::kGroups;
   if (blocks >= int64_t(1) << 31) return cudaErrorInvalidConfiguration;
   kKernel<<<static_cast<unsigned>(blocks), R::kThreads, 0, stream>>>(args);

@@ -1,10 +1,10 @@
-// One step of the cell, c' = clamp(LayerNorm(sigmoid(f) c + sigmoid(i) tanh(d))): a row in the registers of a group of threads,
-// read once and written once.
+// One step of the cell, c' = clamp(LayerNorm(sigmoid(f) c + sigmoid(i) tanh(d))): a row in the registers of a group of
+// threads, read once and written once.
 //
-// The two sums that LayerNorm needs go together, of u and of u^2; where the mean would eat the digits of the variance a second
-// exchange sums centred squares. Backward blocks stay and walk the rows, the next ones on their way into shared memory, each
-// thread its own pieces; its columns' share of the gradients of weight and bias waits in registers, then groups of a block are
-// added in order, then blocks (sum_parts.cuh): the same inputs give the same bits.
+// The two sums that LayerNorm needs go together, of u and of u^2; where the mean would eat the digits of the variance a
+// second exchange sums centred squares. Backward blocks stay and walk the rows, the next ones on their way into shared
+// memory, each thread its own pieces; its columns' share of the gradients of weight and bias waits in registers, then
+// groups of a block are added in order, then blocks (sum_parts.cuh): the same inputs give the same bits.
 #pragma once
 
 #include "cell.cuh"
@@ -57,8 +57,7 @@ struct CellRow {
 };
 
 template <class R, int BLOCKS>
-__global__ void __launch_bounds__(R::kThreads, BLOCKS)
-    context_update_kernel(const __grid_constant__ ContextArgs args) {
+__global__ void __launch_bounds__(R::kThreads, BLOCKS) context_update_kernel(const __grid_constant__ ContextArgs args) {
   using Gate = typename R::Gate;
   using State = typename R::State;
   using T = typename Gate::Storage;
@@ -83,7 +82,8 @@ __global__ void __launch_bounds__(R::kThreads, BLOCKS)
     u[k] = fmaf(forget, State::get(c, k), write);
   }
   const NormParams& norm = args.norm;
-  const float2 s = R::template statistics<Sums>(u, D, float(norm.eps), typename Sums::Exchange(shared[R::group()], 1 + R::group()));
+  const float2 s =
+      R::template statistics<Sums>(u, D, float(norm.eps), typename Sums::Exchange(shared[R::group()], 1 + R::group()));
   Gate::parameter(norm.weight, norm.weight_dtype, 1.0f, D, thread, weight);
   Gate::parameter(norm.bias, norm.bias_dtype, 0.0f, D, thread, bias);
 #pragma unroll

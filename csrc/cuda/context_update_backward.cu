@@ -52,9 +52,8 @@ cudaError_t context_update_backward(const ContextBackwardArgs& args, const Scrat
     using T = decltype(tag);
     using S = decltype(state_tag);
     if (args.D > kWidestInRegisters) return run_wide<T, S>(args, scratch, stream);
-    const bool whole =
-        rows_whole<T, S>(args.D, {&args.f, &args.i, &args.d, &args.grad_f, &args.grad_i, &args.grad_d},
-                         {&args.c0, &args.grad_c_last, &args.grad_c0});
+    const bool whole = rows_whole<T, S>(args.D, {&args.f, &args.i, &args.d, &args.grad_f, &args.grad_i, &args.grad_d},
+                                        {&args.c0, &args.grad_c_last, &args.grad_c0});
     const auto run = [&](auto row) { return run_backward<decltype(row)>(args, scratch, stream); };
     return whole ? for_row<T, S, true>(args.D, run) : for_row<T, S, false>(args.D, run);
   });

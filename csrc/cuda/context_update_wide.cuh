@@ -60,11 +60,13 @@ __global__ void __launch_bounds__(kWideThreads) context_update_wide_kernel(const
   __shared__ float scratch[kWideWarps];
   const NormParams& norm = args.norm;
   for (int64_t b = blockIdx.x; b < args.B; b += gridDim.x) {
-    const Statistics s = update_row(wide_row<const T>(args.f, b), wide_row<const T>(args.i, b), wide_row<const T>(args.d, b),
-                                    wide_row<const S>(args.c0, b), u, args.D, float(args.norm.eps), scratch);
+    const Statistics s =
+        update_row(wide_row<const T>(args.f, b), wide_row<const T>(args.i, b), wide_row<const T>(args.d, b),
+                   wide_row<const S>(args.c0, b), u, args.D, float(args.norm.eps), scratch);
     S* next = wide_row<S>(args.c_last, b);
     for (int64_t k = threadIdx.x; k < args.D; k += kWideThreads) {
-      const float y = (u[k] - s.mean) * s.rstd * parameter<T>(norm.weight, norm.weight_dtype, 1.0f, k) + parameter<T>(norm.bias, norm.bias_dtype, 0.0f, k);
+      const float y = (u[k] - s.mean) * s.rstd * parameter<T>(norm.weight, norm.weight_dtype, 1.0f, k) +
+                      parameter<T>(norm.bias, norm.bias_dtype, 0.0f, k);
       next[k] = from_float<S>(clamped(y, float(args.norm.clamp_value)));
     }
   }
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(kWideThreads)
   float *xhat = shared, *g = xhat + D, *grad_weight = g + D, *grad_bias = grad_weight + D;
   const NormParams& norm = args.norm;
   const float limit = float(args.norm.clamp_value);
-  for (int64_t k = threadIdx.x; k < D; k += kWideThreads) grad_weight[k] = grad_bias[k] = 0;  // each thread its own columns
+  for (int64_t k = threadIdx.x; k < D; k += kWideThreads)
+    grad_weight[k] = grad_bias[k] = 0;  // each thread its own columns
   for (int64_t b = blockIdx.x; b < args.B; b += gridDim.x) {
     const T *f = wide_row<const T>(args.f, b), *i = wide_row<const T>(args.i, b), *d = wide_row<const T>(args.d, b);
     const S *c = wide_row<const S>(args.c0, b), *grad = wide_row<const S>(args.grad_c_last, b);

@@ -27,10 +27,10 @@ int64_t gated_scan_shared_memory();
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
-// How context_scan cuts time into chunks that run side by side, in passes (context_scan/passes.py). Of one chunk, the last
-// two are not used.
+// How context_scan cuts time into chunks that run side by side, in passes (context_scan/passes.py). Of one chunk, the
+// last two are not used.
 struct TimeChunks {
-  int64_t steps = 0;        // of a chunk; the last may have fewer
+  int64_t steps = 0;  // of a chunk; the last may have fewer
   int chunks = 1;
   float tolerance = 0;      // squared relative change of a chunk's start from which on it is computed again
   float* change = nullptr;  // written, (kContextPasses, B, chunks): those changes

@@ -8,8 +8,8 @@
 
 namespace newllm::cuda {
 
-// More than 48 KB of shared memory has to be asked for, once a device and kernel; it is asked for whole, so that no thread
-// lowers the limit before another's launch.
+// More than 48 KB of shared memory has to be asked for, once a device and kernel; it is asked for whole, so that no
+// thread lowers the limit before another's launch.
 template <auto kKernel>
 cudaError_t allow_shared_memory(int device, size_t bytes) {
   static std::atomic<uint64_t> done{0};

@@ -1,5 +1,5 @@
-// A row of up to THREADS * kColumns columns, spread over a group of threads: pieces of E neighbours, the threads side by side,
-// so that a warp's access is one stretch of memory.
+// A row of up to THREADS * kColumns columns, spread over a group of threads: pieces of E neighbours, the threads side
+// by side, so that a warp's access is one stretch of memory.
 #pragma once
 
 #include <type_traits>
@@ -16,13 +16,13 @@ template <class T, int E_, int PIECES_, int THREADS, bool ALIGNED_>
 struct RowParts {
   using Storage = T;
   static constexpr int E = E_, PIECES = PIECES_;
-  static constexpr int kColumns = E * PIECES;                  // of a thread
-  static constexpr int kThreads = THREADS;                     // of a row; a power of two
-  static constexpr int W = THREADS > 32 ? THREADS / 32 : 1;    // warps
-  static constexpr bool ALIGNED = ALIGNED_;    // rows begin and end at whole pieces
+  static constexpr int kColumns = E * PIECES;                // of a thread
+  static constexpr int kThreads = THREADS;                   // of a row; a power of two
+  static constexpr int W = THREADS > 32 ? THREADS / 32 : 1;  // warps
+  static constexpr bool ALIGNED = ALIGNED_;                  // rows begin and end at whole pieces
 
   static constexpr int kBytes = E * sizeof(T) < 16 ? E * sizeof(T) : 16;  // of an access
-  static constexpr int kParts = E * sizeof(T) / kBytes;                    // accesses of a piece
+  static constexpr int kParts = E * sizeof(T) / kBytes;                   // accesses of a piece
 
   struct alignas(kBytes) Piece {
     T x[E];

@@ -1,5 +1,6 @@
-// Sums of N values (2 or 4) over the threads of a row in one exchange: the first shuffles halve the number of values a lane
-// goes on with, so that N values cost hardly more than one; the warps' shares meet in shared memory, behind one barrier.
+// Sums of N values (2 or 4) over the threads of a row in one exchange: the first shuffles halve the number of values a
+// lane goes on with, so that N values cost hardly more than one; the warps' shares meet in shared memory, behind one
+// barrier.
 #pragma once
 
 #include "cell.cuh"

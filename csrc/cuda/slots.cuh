@@ -1,4 +1,5 @@
-// A ring of slots in shared memory that some warps fill and others empty, guarded by mbarriers (compute capability 8.0).
+// A ring of slots in shared memory that some warps fill and others empty, guarded by mbarriers (compute
+// capability 8.0).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@ __device__ __forceinline__ uint32_t shared_word(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same, where it is used in a loop: the compiler would compute it anew in every round, from a special register that takes
-// its time.
+// The same, where it is used in a loop: the compiler would compute it anew in every round, from a special register that
+// takes its time.
 __device__ __forceinline__ uint32_t shared_word_once(const void* pointer) {
   uint32_t word = shared_word(pointer);
   asm volatile("" : "+r"(word));

@@ -1,4 +1,5 @@
-// The second stage of the gradients of weight and bias: (2, parts, D) -> (D) twice, in an order that the shape alone decides.
+// The second stage of the gradients of weight and bias: (2, parts, D) -> (D) twice, in an order that the shape alone
+// decides.
 #pragma once
 
 #include <cstdint>
