@@ -1,10 +1,9 @@
-// Launches of context_scan's backward: which kernel, and which tile of it, for which width and number of blocks.
+// Launches of context_scan_backward.cuh.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "context_scan_backward.cuh"
-#include "context_scan_backward_alone.cuh"
 #include "context_scan_launch.cuh"
 #include "sum_parts.cuh"
 
@@ -14,51 +13,36 @@ namespace {
 constexpr int steps_ahead(int warps, bool wide) { return wide ? 2 : warps > 4 ? 3 : 4; }
 
 template <class L>
-using Many = ContextScanBackward<L, steps_ahead(L::W, (L::kColumns > 8)), (L::W > 4 ? 1 : 8 / L::W)>;
-
-// Of up to 1024 columns; slots of more would not fit.
-template <class L>
-using Alone = ContextScanBackwardAlone<L, 2, (sizeof(typename L::Storage) == 4 ? 3 : 4), (L::W > 2 ? 2 : 3)>;
-
-template <class Backward>
-cudaError_t launch(const ContextScanBackwardRun& run, int64_t blocks, int device, cudaStream_t stream) {
-  constexpr auto kKernel = context_scan_backward_kernel<Backward>;
-  constexpr size_t kShared = sizeof(typename Backward::Shared);
-  static_assert(kShared <= 227 * 1024);
-  const cudaError_t error = allow_shared_memory<kKernel>(device, kShared);
-  if (error != cudaSuccess) return error;
-  kKernel<<<static_cast<unsigned>(blocks), Backward::kBlockThreads, kShared, stream>>>(run);
-  return cudaGetLastError();
-}
+using BackwardOf = ContextScanBackward<L, steps_ahead(L::W, (L::kColumns > 8)), (L::W > 4 ? 1 : 8 / L::W)>;
 
 template <class L>
 cudaError_t run_backward(ContextScanBackwardRun run, cudaStream_t stream) {
+  using Backward = BackwardOf<L>;
   using T = typename L::Storage;
+  constexpr auto kKernel = context_scan_backward_kernel<Backward>;
+  constexpr size_t kShared = sizeof(typename Backward::Shared);
+  static_assert(kShared <= 227 * 1024);
   Device device;
   cudaError_t error = current_device(device);
+  if (error == cudaSuccess) error = allow_shared_memory<kKernel>(device.index, kShared);
   if (error != cudaSuccess) return error;
   const float clamp = float(run.args.norm.clamp_value);
   run.edge = std::isinf(clamp) ? std::numeric_limits<float>::quiet_NaN() : float(T(clamp));
   error = launch_passes(run.chunks, [&](const Chunks& chunks, int64_t blocks) {
     run.chunks = chunks;
-    if constexpr (L::W <= 4) {
-      if (blocks <= device.multiprocessors) return launch<Alone<L>>(run, blocks, device.index, stream);
-    }
-    return launch<Many<L>>(run, blocks, device.index, stream);
+    kKernel<<<static_cast<unsigned>(blocks), Backward::kThreads, kShared, stream>>>(run);
+    return cudaGetLastError();
   });
   if (error != cudaSuccess) return error;
   return sum_parts(run.shares, run.args.B * run.chunks.chunks, run.args.D, run.args.grad_weight, run.args.grad_bias,
                    stream);
 }
 
-// What the backward of a width takes of shared memory, at most.
 template <class T>
 int64_t shared_memory(int64_t D) {
   int64_t bytes = 0;
   for_width<T, true>(D, [&](auto layout) {
-    using L = decltype(layout);
-    bytes = sizeof(typename Many<L>::Shared);
-    if constexpr (L::W <= 4) bytes = std::max(bytes, int64_t(sizeof(typename Alone<L>::Shared)));
+    bytes = sizeof(typename BackwardOf<decltype(layout)>::Shared);
     return cudaSuccess;
   });
   return bytes;

@@ -16,16 +16,14 @@ struct ContextScanBackward {
   using Row = BackwardRow<L>;
   using State = BackwardState<L>;
   using Step = BackwardStep<L>;
-  using Reader = BackwardReader<L, 1>;
+  using Reader = BackwardReader<L>;
   static constexpr int kColumns = L::kColumns, kThreads = L::kThreads, kInputs = Row::kInputs;
-  static constexpr int kBlockThreads = kThreads, kBlocks = BLOCKS;
+  static constexpr int kBlocks = BLOCKS;
 
   struct Shared {
     typename L::Piece raw[L::ALIGNED ? AHEAD : 1][kInputs][L::PIECES][kThreads];
     typename Sums::Shared sums;
     int flag;
-
-    __device__ __forceinline__ void init() {}
   };
 
   struct Walk {
@@ -33,8 +31,6 @@ struct ContextScanBackward {
     typename Sums::Exchange exchange;
 
     explicit __device__ __forceinline__ Walk(Shared& shared) : shared(shared), exchange(shared.sums) {}
-
-    __device__ __forceinline__ bool walks() const { return true; }
 
     __device__ __forceinline__ void fetch(const Row& row, Reader& reader, int at) {
       reader.step(row, [&](int k, const T* from, int D) { L::copy(shared.raw[at][k][0], from, D, row.thread); });
@@ -124,11 +120,10 @@ struct ContextScanBackward {
 };
 
 template <class Backward>
-__global__ void __launch_bounds__(Backward::kBlockThreads, Backward::kBlocks)
+__global__ void __launch_bounds__(Backward::kThreads, Backward::kBlocks)
     context_scan_backward_kernel(const __grid_constant__ ContextScanBackwardRun run) {
   extern __shared__ __align__(16) unsigned char bytes[];
   typename Backward::Shared& shared = *reinterpret_cast<typename Backward::Shared*>(bytes);
-  shared.init();
   BackwardCell<typename Backward::Layout, typename Backward::Sums, typename Backward::Walk> cell(run, shared);
   walk_chunks(run.chunks, cell, shared.flag);
 }

@@ -75,8 +75,8 @@ struct BackwardRow {
   }
 };
 
-// Where the loads of a row are: every STRIDE-th step, back through time.
-template <class L, int STRIDE>
+// Where the loads of a row are: they go back through time.
+template <class L>
 struct BackwardReader {
   using Row = BackwardRow<L>;
   const typename L::Storage* next[Row::kInputs];
@@ -96,9 +96,9 @@ struct BackwardReader {
     for (int k = 0; k < Row::kInputs; ++k) {
       const bool there = k == 3 ? t > 0 : k == 4 ? row.has_grad_c : true;
       load(k, there ? next[k] : next[0], there ? row.D : 0);
-      next[k] -= STRIDE * row.in_step[k];
+      next[k] -= row.in_step[k];
     }
-    t -= STRIDE;
+    --t;
   }
 };
 
@@ -228,19 +228,17 @@ struct BackwardCell {
 #pragma unroll
     for (int k = 0; k < L::kColumns; ++k) state.grad_weight[k] = state.grad_bias[k] = 0.0f;
     walk(row_, state, from > 0 ? from : 0, end, final);
-    if (!final || !walk.walks()) return;
+    if (!final) return;
     const int64_t parts = run_.chunks.B * run_.chunks.chunks, part = b * run_.chunks.chunks + chunk;
     L::store_state(run_.shares + part * row_.D, row_.D, row_.thread, state.grad_weight);
     L::store_state(run_.shares + (parts + part) * row_.D, row_.D, row_.thread, state.grad_bias);
   }
 
   __device__ __forceinline__ float change(const float* old) {
-    return walk.walks() ? change_of<L, Sums>(state.carry, old, row_.D, row_.thread, walk.exchange) : 0.0f;
+    return change_of<L, Sums>(state.carry, old, row_.D, row_.thread, walk.exchange);
   }
 
-  __device__ __forceinline__ void keep(float* to) {
-    if (walk.walks()) L::store_state(to, row_.D, row_.thread, state.carry);
-  }
+  __device__ __forceinline__ void keep(float* to) { L::store_state(to, row_.D, row_.thread, state.carry); }
 
   __device__ __forceinline__ void end() { keep(static_cast<float*>(run_.args.grad_c0.data) + b * row_.D); }
 };

@@ -9,7 +9,7 @@
 namespace newllm::cuda {
 
 // Wider rows go to shared memory.
-constexpr int64_t kWidestInRegisters = 8192;
+constexpr int64_t kWidestInRegisters = 4096;
 
 // Calls body(gates tag, contexts tag); float64 has no CUDA kernel and is refused in Python.
 template <class Body>
@@ -32,8 +32,7 @@ cudaError_t for_row(int64_t D, const Body& body) {
   if (D <= 512) return body(CellRow<T, S, E, PIECES, 64, ALIGNED>{});
   if (D <= 1024) return body(CellRow<T, S, E, PIECES, 128, ALIGNED>{});
   if (D <= 2048) return body(CellRow<T, S, E, PIECES, 256, ALIGNED>{});
-  if (D <= 4096) return body(CellRow<T, S, E, PIECES, 512, ALIGNED>{});
-  return body(CellRow<T, S, E, 2 * PIECES, 512, ALIGNED>{});
+  return body(CellRow<T, S, E, PIECES, 512, ALIGNED>{});
 }
 
 template <class T, class S, size_t N, size_t M>

@@ -25,8 +25,8 @@ SCANS = ("context_scan", "context_scan_packed")
 FUNCTIONS = ("context_update", *SCANS)
 OF_FUNCTIONS = [name for name in VARIANTS if name.startswith(FUNCTIONS)]
 
-# Every layout of a row: groups within a warp, a warp, several; whole vectors and not; in shared memory past 8192.
-WIDTHS = [1, 7, 33, 64, 65, 256, 257, 300, 512, 1000, 1024, 2048, 4096, 4097, 8192, 8200, 12288]
+# Every layout of a row: groups within a warp, a warp, several; whole vectors and not; in shared memory past 4096.
+WIDTHS = [1, 7, 33, 64, 65, 256, 257, 300, 512, 1000, 1024, 2048, 2049, 4096, 4097, 12288]
 
 # (B, T, D). One to eight warps a row; whole vectors and not; rows alone on a multiprocessor, and sharing it.
 SHAPES = [
@@ -57,7 +57,7 @@ def cuda_serves():
 @pytest.mark.parametrize("D", WIDTHS)
 def test_rows(D, dtype, state):
     """One row, fewer than a block takes at a time, and more than all blocks do."""
-    for rows in (1, 7, 1000 if D > 64 else 20_000):
+    for rows in (1, 7, 20_000 if D <= 64 else 1000 if D <= 2048 else 200):
         check(place(make("context_update", 1, rows, D, dtype, state=state)))
 
 
@@ -118,7 +118,8 @@ def test_one_parameter_alone(function, only):
 @pytest.mark.parametrize("outputs", [(0,), (1,)])
 @pytest.mark.parametrize("shape", [(2, 33, 264), (2, 700, 40)], ids=str)
 def test_gradient_of_one_output_alone(shape, outputs):
-    check(place(make("context_scan", *shape, clamp=None)), outputs=outputs)
+    """Without c0, whose gradient 700 steps from the last output is no float32."""
+    check(place(make("context_scan", *shape, clamp=None, state=None)), outputs=outputs)
 
 
 @pytest.mark.parametrize("function", ["context_update", "context_scan"])
