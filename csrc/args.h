@@ -62,12 +62,12 @@ struct GatedScanBackwardArgs {
   void* grad_c0 = nullptr;  // written, (N, D) acc
 };
 
-// weight and bias are (D) in acc, LayerNorm's on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
+// weight and bias are (D) in acc, on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
 // is +inf where nothing is clamped.
 struct NormParams {
   const void* weight = nullptr;
   const void* bias = nullptr;
-  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read by the CUDA LayerNorm
+  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read on CUDA
   double eps = 1e-5;
   double clamp_value = 0;
 };

@@ -288,7 +288,7 @@ def native_implementation(
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
-        forward, backward = _native_operator(operation), _native_operator(f"{operation}_backward")
+        forward, backward = native_operator(operation), native_operator(f"{operation}_backward")
     else:
 
         def forward(*args: Any) -> Any:
@@ -299,7 +299,7 @@ def native_implementation(
     return Implementation(backend, forward, backward, supports, rank, without)
 
 
-def _native_operator(name: str) -> Callable[..., Any]:
+def native_operator(name: str) -> Callable[..., Any]:
     """newllm_native::<name>, as what its OpOverload calls: a frame of Python less."""
     overload = getattr(torch.ops.newllm_native, name).default
     return getattr(overload, "_op", overload)

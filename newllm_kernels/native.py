@@ -50,9 +50,9 @@ def has_cuda_kernels() -> bool:
 
 
 @functools.cache
-def cuda_context_update_max_width(device: int) -> int:
-    """Widest D that context_update's CUDA kernel takes on this device."""
-    function = _handle().newllm_context_update_max_width
+def cuda_max_width(operation: str, device: int) -> int:
+    """Widest D that the CUDA kernels of "context_update" or "context_scan" take on this device."""
+    function = getattr(_handle(), f"newllm_{operation}_max_width")
     function.restype = ctypes.c_int64
     return function(ctypes.c_int(device))
 
