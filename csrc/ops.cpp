@@ -16,6 +16,15 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "gated_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? c0, "
       "Tensor? cu_seqlens) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0)");
   m.def(
+      "gated_scan_layer_norm(Tensor f, Tensor? i, Tensor? d, Tensor? c0, Tensor? cu_seqlens, Tensor? weight, Tensor? "
+      "bias, "
+      "float eps, float clamp) -> (Tensor y, Tensor c, Tensor c_last, Tensor mean, Tensor rstd)");
+  m.def(
+      "gated_scan_layer_norm_backward(Tensor? grad_y, Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, "
+      "Tensor? d, Tensor c, Tensor? c0, Tensor? cu_seqlens, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+      "float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0, Tensor grad_weight, "
+      "Tensor grad_bias)");
+  m.def(
       "context_update(Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? weight, Tensor? bias, float eps, float clamp) "
       "-> Tensor");
   m.def(

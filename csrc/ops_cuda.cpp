@@ -73,6 +73,12 @@ struct Cuda {
   static void launch(const GatedScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_backward(args, scratch, stream), "gated_scan_backward");
   }
+  static void launch(const GatedScanNormArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_layer_norm_forward(args, scratch, stream), "gated_scan_layer_norm");
+  }
+  static void launch(const GatedScanNormBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_layer_norm_backward(args, scratch, stream), "gated_scan_layer_norm_backward");
+  }
   static void launch(const LayerNormArgs& args, const cuda::Scratch&, cudaStream_t stream) {
     check(cuda::layer_norm_forward(args, stream), "layer_norm");
   }
@@ -222,6 +228,8 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cuda>));
   m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
   m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
+  m.impl("gated_scan_layer_norm", TORCH_BOX(&newllm::gated_scan_layer_norm<newllm::Cuda>));
+  m.impl("gated_scan_layer_norm_backward", TORCH_BOX(&newllm::gated_scan_layer_norm_backward<newllm::Cuda>));
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cuda>));
   m.impl("layer_norm_plain", TORCH_BOX(&newllm::layer_norm_plain<newllm::Cuda>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
@@ -250,4 +258,9 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_mem
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shared_memory() {
   return newllm::cuda::gated_scan_shared_memory();
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_layer_norm_teams(int device, bool is_float,
+                                                                                             bool backward, int64_t D) {
+  return newllm::cuda::gated_scan_layer_norm_teams(device, is_float, backward, D);
 }

@@ -73,6 +73,14 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
+@functools.cache
+def cuda_gated_scan_layer_norm_teams(device: int, is_float: bool, backward: bool, width: int) -> int:
+    """Sequences that its CUDA kernel works on at a time: one for every set of blocks of all columns that the device holds."""
+    function = _handle().newllm_gated_scan_layer_norm_teams
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int(device), ctypes.c_bool(is_float), ctypes.c_bool(backward), ctypes.c_int64(width))
+
+
 def build_info() -> dict[str, str]:
     """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
     try:

@@ -50,6 +50,15 @@ cudaError_t context_scan_backward(const ContextBackwardArgs& args, const TimeChu
 // Widest D whose slots fit into the shared memory of one block of this device, forward and backward.
 int64_t context_scan_max_width(int device);
 
+// One launch of blocks that run at the same time; cudaErrorInvalidConfiguration where the teams below are none, or rows
+// are not of whole 16 bytes at multiples of 16 bytes.
+cudaError_t gated_scan_layer_norm_forward(const GatedScanNormArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t gated_scan_layer_norm_backward(const GatedScanNormBackwardArgs& args, const Scratch& scratch,
+                                           cudaStream_t stream);
+
+// Sequences of D columns that they work on at a time on this device.
+int64_t gated_scan_layer_norm_teams(int device, bool is_float, bool backward, int64_t D);
+
 // Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell, rows of up to context_update_max_width.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);
 cudaError_t context_update_backward(const ContextBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
