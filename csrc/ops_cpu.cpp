@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_context(
   return {c, c_last, pre, decay};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_backward(
     const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& pre_, const Tensor& c_,
     const Tensor& c0_, const Tensor& context, const OptionalTensor& hidden, const OptionalTensor& gates,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_bac
   Tensor grad_pre = empty<3>({B, T, shape.S()}, pre.scalar_type(), pre);
   Tensor hidden_rows = empty<3>({B, T, shape.layers * shape.H}, pre.scalar_type(), pre);
   Tensor grad_c0 = empty<2>({B, D}, acc_type(pre), pre);
-  Tensor grad_weight = empty<1>({D}, acc_type(pre), pre), grad_bias = empty<1>({D}, acc_type(pre), pre);
+  Tensor grad_norm = empty<3>({B, 2, D}, acc_type(pre), pre);
   Tensor decay = with_decay ? empty<2>({B, D}, acc_type(pre), pre) : empty<1>({0}, acc_type(pre), pre);
   RecurrentBackwardArgs args;
   args.shape = shape;
@@ -199,11 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_bac
   args.grad_pre = view(grad_pre);
   args.hidden = view(hidden_rows);
   args.grad_c0 = grad_c0.data_ptr();
-  args.grad_weight = grad_weight.data_ptr();
-  args.grad_bias = grad_bias.data_ptr();
+  args.grad_norm = grad_norm.data_ptr();
   if (with_decay) args.decay = decay.data_ptr();
   cpu::recurrent_backward(args);
-  return {grad_pre, hidden_rows, grad_c0, grad_weight, grad_bias, decay};
+  return {grad_pre, hidden_rows, grad_c0, grad_norm, decay};
 }
 
 }  // namespace

@@ -1,0 +1,105 @@
+// Products of 16 rows with a matrix that stays in shared memory for the whole sequence, on tensor cores.
+#pragma once
+
+#include "recurrent_exchange.cuh"
+
+namespace newllm::cuda {
+
+__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(shared_address(row)));
+}
+
+template <class T>
+__device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&s)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<__half>(float (&s)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// How the eight warps share a product of N outputs: `across` of them take different outputs, `along` different parts of K.
+struct Split {
+  int tiles, across, along;
+  __host__ __device__ explicit Split(int N)
+      : tiles(N / 8), across(tiles % 8 == 0 ? 8 : tiles % 4 == 0 ? 4 : tiles % 2 == 0 ? 2 : 1), along(8 / across) {}
+  // Partial sums (along, kRows, stride): a stride that keeps the eight rows of a tile on different banks.
+  __host__ __device__ int stride() const { return tiles * 8 + (tiles % 2 == 0 ? 8 : 0); }
+  __host__ __device__ int floats() const { return along * kRows * stride(); }
+};
+
+// Element (n, k) of the matrix goes where the lane that needs it finds two steps of k in one 16-byte load:
+// [n / 8][k / 32][lane][8]. `element(n, k)` reads global memory, once.
+template <class T, class Element>
+__device__ void pack_matrix(T* packed, int N, int K, const Element& element) {
+  for (int index = threadIdx.x; index < N * K / 2; index += kTeamThreads) {
+    const int k = index % (K / 2) * 2, n = index / (K / 2);  // neighbours in k share a register
+    const int lane = n % 8 * 4 + k % 8 / 2, part = k % 32 / 8;
+    T* target = packed + ((n / 8 * (K / 32) + k / 32) * 32 + lane) * 8 + part * 2;
+    target[0] = element(n, k);
+    target[1] = element(n, k + 1);
+  }
+}
+
+template <class T, int kTiles>
+__device__ void multiply_tiles(const uint4* packed, const T* rows, int K, const Split& split, float* partial) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = warp % split.across * kTiles, slice = warp / split.across, steps = K / 32;
+  const T* row = rows + lane % 16 * row_stride(K) + lane / 16 * 8;
+  float sums[2][kTiles][4] = {};
+#pragma unroll 4
+  for (int step = slice; step < steps; step += split.along) {
+    uint32_t even[4], odd[4];
+    load_matrices(even, row + step * 32);
+    load_matrices(odd, row + step * 32 + 16);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint4 w = packed[((first + tile) * steps + step) * 32 + lane];
+      mma<T>(sums[0][tile], even, w.x, w.y);
+      mma<T>(sums[1][tile], odd, w.z, w.w);
+    }
+  }
+  float* target = partial + (slice * kRows + lane / 4) * split.stride() + first * 8 + lane % 4 * 2;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile, target += 8) {
+    const float(&a)[4] = sums[0][tile], (&b)[4] = sums[1][tile];
+    *reinterpret_cast<float2*>(target) = make_float2(a[0] + b[0], a[1] + b[1]);
+    *reinterpret_cast<float2*>(target + 8 * split.stride()) = make_float2(a[2] + b[2], a[3] + b[3]);
+  }
+}
+
+// partial = rows (kRows, K) times the packed matrix (N, K) transposed; after the barrier in here, `summed` has the results.
+template <class T>
+__device__ void multiply(const T* packed, const T* rows, int K, const Split& split, float* partial) {
+  const uint4* matrix = reinterpret_cast<const uint4*>(packed);
+  if (split.tiles == split.across) {
+    multiply_tiles<T, 1>(matrix, rows, K, split, partial);
+  } else {
+    multiply_tiles<T, 3>(matrix, rows, K, split, partial);
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float summed(const float* partial, const Split& split, int row, int n) {
+  float sum = 0;
+  const float* first = partial + row * split.stride() + n;
+#pragma unroll
+  for (int slice = 0; slice < kTeamWarps; ++slice) {
+    if (slice < split.along) sum += first[slice * kRows * split.stride()];  // all loads on their way at once
+  }
+  return sum;
+}
+
+}  // namespace newllm::cuda
