@@ -65,6 +65,14 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
+@functools.cache
+def cuda_recurrent_team(D: int, H: int, device: int) -> int:
+    """Blocks that compute recurrent_context's rows of these widths together; negative: as one cluster; 0: they do not fit."""
+    function = _handle().newllm_recurrent_team
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
+
+
 def build_info() -> dict[str, str]:
     """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
     try:

@@ -4,7 +4,7 @@
 
 #include "device.h"
 #include "kernels.h"
-#include "recurrent_context.cuh"
+#include "recurrent_backward.cuh"
 
 namespace newllm::cuda {
 namespace {
@@ -18,7 +18,8 @@ struct TeamPlan {
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, int64_t bytes, bool cluster) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error == cudaSuccess && cluster) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess && cluster)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
 }
 
@@ -50,8 +51,8 @@ struct LaunchConfig {
   }
 };
 
-// The smallest team whose matrices fit into its shared memory, as a cluster where there is one that large. Backward needs
-// more, so what it takes the forward takes.
+// The smallest team whose matrices fit into its shared memory, as a cluster where there is one that large. Backward
+// needs more, so what it takes the forward takes.
 TeamPlan make_plan(int D, int H, int device) {
   TeamPlan plan;
   int multiprocessors = 0, most = 0, major = 0, cooperative = 0;
@@ -61,7 +62,7 @@ TeamPlan make_plan(int D, int H, int device) {
   cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
   for (int blocks = 1; blocks <= std::min(multiprocessors, kMostBlocks) && major >= 9; ++blocks) {
     if (!shares_out(D, H, blocks)) continue;
-    const int64_t shared = std::max(forward_shared(D, H, blocks, blocks <= 16), backward_shared(D, H, blocks, blocks <= 16));
+    const int64_t shared = std::max(forward_shared(D, H, blocks), backward_shared(D, H, blocks, blocks <= 16));
     if (shared > most) continue;
     plan.blocks = blocks;
     if (blocks <= 16) {
@@ -92,8 +93,14 @@ TeamPlan plan_for(int D, int H, int device) {
 }
 
 TeamShape team_shape(const RecurrentShape& shape, const TeamPlan& plan) {
-  return {int(shape.B), int(shape.T), int(shape.D), int(shape.H), plan.blocks, int(shape.D) / plan.blocks,
-          int(shape.H) / plan.blocks, shape.activation};
+  return {int(shape.B),
+          int(shape.T),
+          int(shape.D),
+          int(shape.H),
+          plan.blocks,
+          int(shape.D) / plan.blocks,
+          int(shape.H) / plan.blocks,
+          shape.activation};
 }
 
 // Rows of all teams at once, in 16-bit numbers of `width` a row, then their sums and flags. Clusters need none of it.
@@ -101,11 +108,10 @@ cudaError_t team_memory(const TeamPlan& plan, int teams, int width, const Scratc
                         TeamMemory& memory) {
   memory = {};
   if (plan.cluster) return cudaSuccess;
-  const int64_t data = int64_t(teams) * kRows * width / 2, sums = int64_t(teams) * kRows * plan.blocks * 2;
-  float* storage = scratch.allocate(scratch.context, data + sums + int64_t(teams) * plan.blocks);
+  const int64_t floats = int64_t(teams) * kRows * (width / 2 + 2 * plan.blocks);
+  float* storage = scratch.allocate(scratch.context, floats + int64_t(teams) * plan.blocks);
   memory.data = reinterpret_cast<uint4*>(storage);
-  memory.sums = reinterpret_cast<float2*>(storage + data);
-  memory.flags = reinterpret_cast<uint32_t*>(storage + data + sums);
+  memory.flags = reinterpret_cast<uint32_t*>(storage + floats);
   return cudaSuccess;
 }
 
@@ -143,7 +149,7 @@ template <class T, bool kCluster>
 cudaError_t launch_forward(const RecurrentArgs& args, const TeamPlan& plan, const Scratch& scratch,
                            cudaStream_t stream) {
   const TeamShape shape = team_shape(args.shape, plan);
-  const int64_t shared = forward_shared(shape.D, shape.H, plan.blocks, kCluster);
+  const int64_t shared = forward_shared(shape.D, shape.H, plan.blocks);
   const auto kernel = recurrent_forward_kernel<T, kCluster>;
   const cudaError_t error = allow_shared(kernel, shared, kCluster);
   if (error != cudaSuccess) return error;
@@ -181,7 +187,8 @@ cudaError_t with_plan(const RecurrentShape& shape, const Body& body) {
   const TeamPlan plan = plan_for(int(shape.D), int(shape.H), device);
   if (plan.blocks == 0) return cudaErrorInvalidConfiguration;
   const bool half = shape.dtype == DType::kFloat16;
-  if (plan.cluster) return half ? body(__half{}, std::true_type{}, plan) : body(__nv_bfloat16{}, std::true_type{}, plan);
+  if (plan.cluster)
+    return half ? body(__half{}, std::true_type{}, plan) : body(__nv_bfloat16{}, std::true_type{}, plan);
   return half ? body(__half{}, std::false_type{}, plan) : body(__nv_bfloat16{}, std::false_type{}, plan);
 }
 

@@ -30,11 +30,17 @@ __device__ __forceinline__ void mma<__half>(float (&s)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// How the eight warps share a product of N outputs: `across` of them take different outputs, `along` different parts of K.
+// How the eight warps share a product of N outputs: `across` of them take different outputs, `along` different parts of
+// K.
 struct Split {
   int tiles, across, along;
   __host__ __device__ explicit Split(int N)
-      : tiles(N / 8), across(tiles % 8 == 0 ? 8 : tiles % 4 == 0 ? 4 : tiles % 2 == 0 ? 2 : 1), along(8 / across) {}
+      : tiles(N / 8),
+        across(tiles % 8 == 0   ? 8
+               : tiles % 4 == 0 ? 4
+               : tiles % 2 == 0 ? 2
+                                : 1),
+        along(8 / across) {}
   // Partial sums (along, kRows, stride): a stride that keeps the eight rows of a tile on different banks.
   __host__ __device__ int stride() const { return tiles * 8 + (tiles % 2 == 0 ? 8 : 0); }
   __host__ __device__ int floats() const { return along * kRows * stride(); }
@@ -53,53 +59,63 @@ __device__ void pack_matrix(T* packed, int N, int K, const Element& element) {
   }
 }
 
-template <class T, int kTiles>
-__device__ void multiply_tiles(const uint4* packed, const T* rows, int K, const Split& split, float* partial) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = warp % split.across * kTiles, slice = warp / split.across, steps = K / 32;
-  const T* row = rows + lane % 16 * row_stride(K) + lane / 16 * 8;
-  float sums[2][kTiles][4] = {};
+// A product as one warp sees it. Made before the loop over time: all that needs a division is in here.
+template <class T>
+struct Product {
+  const uint4* matrix;  // of this lane
+  const T* rows;        // of this lane, as ldmatrix wants it
+  float* target;        // of this lane among the partial sums
+  int tiles, first_step, step, steps, stride, along;
+
+  __device__ Product(const T* packed, const T* all_rows, int K, const Split& split, float* partial) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    tiles = split.tiles / split.across;
+    along = split.along, stride = split.stride(), steps = K / 32, step = split.along;
+    first_step = warp / split.across;
+    const int first = warp % split.across * tiles;
+    matrix = reinterpret_cast<const uint4*>(packed) + first * steps * 32 + lane;
+    rows = all_rows + lane * 8;
+    target = partial + (first_step * kRows + lane / 4) * stride + first * 8 + lane % 4 * 2;
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_tiles() const {
+    float sums[2][kTiles][4] = {};
 #pragma unroll 4
-  for (int step = slice; step < steps; step += split.along) {
-    uint32_t even[4], odd[4];
-    load_matrices(even, row + step * 32);
-    load_matrices(odd, row + step * 32 + 16);
+    for (int k = first_step; k < steps; k += step) {
+      uint32_t even[4], odd[4];
+      load_matrices(even, rows + k * 4 * kChunk);
+      load_matrices(odd, rows + k * 4 * kChunk + 2 * kChunk);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4 w = matrix[(tile * steps + k) * 32];
+        mma<T>(sums[0][tile], even, w.x, w.y);
+        mma<T>(sums[1][tile], odd, w.z, w.w);
+      }
+    }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4 w = packed[((first + tile) * steps + step) * 32 + lane];
-      mma<T>(sums[0][tile], even, w.x, w.y);
-      mma<T>(sums[1][tile], odd, w.z, w.w);
+      const float (&a)[4] = sums[0][tile], (&b)[4] = sums[1][tile];
+      *reinterpret_cast<float2*>(target + tile * 8) = make_float2(a[0] + b[0], a[1] + b[1]);
+      *reinterpret_cast<float2*>(target + tile * 8 + 8 * stride) = make_float2(a[2] + b[2], a[3] + b[3]);
     }
   }
-  float* target = partial + (slice * kRows + lane / 4) * split.stride() + first * 8 + lane % 4 * 2;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile, target += 8) {
-    const float(&a)[4] = sums[0][tile], (&b)[4] = sums[1][tile];
-    *reinterpret_cast<float2*>(target) = make_float2(a[0] + b[0], a[1] + b[1]);
-    *reinterpret_cast<float2*>(target + 8 * split.stride()) = make_float2(a[2] + b[2], a[3] + b[3]);
-  }
-}
 
-// partial = rows (kRows, K) times the packed matrix (N, K) transposed; after the barrier in here, `summed` has the results.
-template <class T>
-__device__ void multiply(const T* packed, const T* rows, int K, const Split& split, float* partial) {
-  const uint4* matrix = reinterpret_cast<const uint4*>(packed);
-  if (split.tiles == split.across) {
-    multiply_tiles<T, 1>(matrix, rows, K, split, partial);
-  } else {
-    multiply_tiles<T, 3>(matrix, rows, K, split, partial);
+  // Partial sums of rows (kRows, K) times the packed matrix (N, K) transposed; the block sees them afterwards.
+  __device__ __forceinline__ void multiply() const {
+    tiles == 1 ? multiply_tiles<1>() : multiply_tiles<3>();
+    __syncthreads();
   }
-  __syncthreads();
-}
 
-__device__ __forceinline__ float summed(const float* partial, const Split& split, int row, int n) {
-  float sum = 0;
-  const float* first = partial + row * split.stride() + n;
+  // The result of one row and output, whose partial sums begin at `first`; all loads on their way at once.
+  __device__ __forceinline__ float summed(const float* first) const {
+    float sum = 0;
 #pragma unroll
-  for (int slice = 0; slice < kTeamWarps; ++slice) {
-    if (slice < split.along) sum += first[slice * kRows * split.stride()];  // all loads on their way at once
+    for (int slice = 0; slice < kTeamWarps; ++slice) {
+      if (slice < along) sum += first[slice * kRows * stride];
+    }
+    return sum;
   }
-  return sum;
-}
+};
 
 }  // namespace newllm::cuda

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from newllm_kernels import backends, checks
+from newllm_kernels import backends, checks, native
 from newllm_kernels.context_scan import seams
+from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
 from newllm_kernels.recurrent_context import chunks as in_chunks
@@ -124,9 +125,29 @@ def _seam(tolerance: float | None, z: Tensor) -> tuple[float]:
     return (float(tolerance),)
 
 
+class Cell(NamedTuple):
+    """What of the cell decides who can serve it, beside D."""
+
+    H: int  # 0 where there is no hidden layer
+    layers: int
+    norm: str | None
+
+
+def _select(z, c0, hidden_weight, gate_weight, norm):
+    H = 0 if gate_weight is None else gate_weight.shape[1]
+    layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
+    return backends.select("recurrent_context", z, c0.shape[1], Cell(H, layers, reference.NORMS[norm]))
+
+
+def _described(z, context_weight, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs):
+    H = 0 if gate_weight is None else gate_weight.shape[1]
+    layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
+    return z, context_weight.shape[1], Cell(H, layers, kwargs.get("norm", "state"))
+
+
 def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
             activation, norm, save, chunks, tolerance, passes):  # fmt: skip
-    kernel = backends.select("recurrent_context", z, c0.shape[1]).forward
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm).forward
     weights = (
         context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp, activation, norm
     )  # fmt: skip
@@ -151,7 +172,7 @@ def _fake(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_b
 
 def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
                      gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
-    kernel = backends.select("recurrent_context", z, c0.shape[1]).backward
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm).backward
     acc_weight, acc_bias = (None if x is None else x.to(c0.dtype) for x in (weight, bias))
     context_read = products.contexts_read(c, c0, acc_weight, acc_bias, eps, clamp, norm)
     if not saved:
@@ -233,3 +254,30 @@ backends.register(
 backends.register(
     "recurrent_context", backends.native_implementation("recurrent_context", "cpu", backends.supports_cpu)
 )
+
+
+def _supports_cuda(call: backends.Call) -> Verdict:
+    verdict = backends.supports_cuda(call)
+    if not verdict.ok:
+        return verdict
+    D, (H, layers, norm) = call.width, call.detail
+    if call.dtype == torch.float32:
+        return Verdict(False, "multiplies 16-bit numbers: bfloat16 or float16, got torch.float32")
+    if layers != 1 or norm != "state":
+        return Verdict(False, f"has one hidden layer and LayerNorm in the loop, got {layers} and norm={norm!r}")
+    if torch.cuda.get_device_capability(call.device) < (9, 0):
+        return Verdict(False, f"needs compute capability 9.0, {torch.cuda.get_device_name(call.device)} has less")
+    team = native.cuda_recurrent_team(D, H, call.device.index)
+    if team == 0:
+        return Verdict(
+            False,
+            f"D={D}, H={H} do not fit: D and H must be multiples of 32, and of eight times a number of blocks that gives each "
+            "8 or 16 columns of D and at most 32 of H, whose weights fit into their shared memory (D=256, H=512 and D=768, "
+            "H=1536 do)",
+        )
+    how = f"a cluster of {-team} blocks" if team < 0 else f"{team} blocks"
+    return Verdict(True, f"CUDA C++, {how} for 16 rows, {torch.cuda.get_device_name(call.device)}")
+
+
+backends.register("recurrent_context", backends.native_implementation("recurrent_context", "cuda", _supports_cuda))
+backends.register_detail("recurrent_context", _described)
