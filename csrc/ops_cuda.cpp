@@ -164,6 +164,10 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_team(
   return newllm::cuda::recurrent_team(D, H, device);
 }
 
+extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_teams(int64_t D, int64_t H, int device) {
+  return newllm::cuda::recurrent_teams(D, H, device);
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_memory() {
   return newllm::cuda::scan_shared_memory();
 }

@@ -73,6 +73,14 @@ def cuda_recurrent_team(D: int, H: int, device: int) -> int:
     return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
 
 
+@functools.cache
+def cuda_recurrent_teams(D: int, H: int, device: int) -> int:
+    """How many groups of 16 rows recurrent_context computes at once there."""
+    function = _handle().newllm_recurrent_teams
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
+
+
 def build_info() -> dict[str, str]:
     """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
     try:

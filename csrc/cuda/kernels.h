@@ -45,4 +45,7 @@ cudaError_t recurrent_backward(const RecurrentBackwardArgs& args, const Scratch&
 // Blocks that compute 16 rows of these widths together, negative where they are a cluster; 0 where they do not fit.
 int64_t recurrent_team(int64_t D, int64_t H, int device);
 
+// How many such teams run at once.
+int64_t recurrent_teams(int64_t D, int64_t H, int device);
+
 }  // namespace newllm::cuda

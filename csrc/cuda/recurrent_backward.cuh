@@ -40,28 +40,27 @@ inline int64_t backward_shared(int D, int H, int blocks, bool cluster) {
 }
 
 // What the backward reads of one step, for the column that a thread owns and for its hidden units.
-template <class T>
 struct BackwardInputs {
-  T f, i, d, c, before, grad_c, a[kUnitsPerThread];
+  uint32_t f, i, d, c, before, grad_c, a[kUnitsPerThread];  // as load_raw gives them
   float2 statistics;
 };
 
 template <class T>
-__device__ __forceinline__ void load_inputs(BackwardInputs<T>& in, const RecurrentBackwardArgs& args,
+__device__ __forceinline__ void load_inputs(BackwardInputs& in, const RecurrentBackwardArgs& args,
                                             const TeamShape& shape, const float2* statistics, const Place& place,
                                             const Unit (&units)[kUnitsPerThread], int t) {
   if (t < 0) return;
   if (place.real) {
     const T* gates = at<T>(args.pre, place.b, t, shape.H + place.column);
-    in.f = gates[0], in.i = gates[shape.D], in.d = gates[2 * shape.D];
-    in.c = *at<T>(args.c, place.b, t, place.column);
-    if (t > 0) in.before = *at<T>(args.c, place.b, t - 1, place.column);
-    if (args.grad_c.data) in.grad_c = *at<T>(args.grad_c, place.b, t, place.column);
+    in.f = load_raw(gates), in.i = load_raw(gates + shape.D), in.d = load_raw(gates + 2 * shape.D);
+    in.c = load_raw(at<T>(args.c, place.b, t, place.column));
+    if (t > 0) in.before = load_raw(at<T>(args.c, place.b, t - 1, place.column));
+    if (args.grad_c.data) in.grad_c = load_raw(at<T>(args.grad_c, place.b, t, place.column));
     in.statistics = statistics[place.b * shape.T + t];
   }
 #pragma unroll
   for (int e = 0; e < kUnitsPerThread; ++e) {
-    if (units[e].real) in.a[e] = *at<T>(args.pre, units[e].b, t, units[e].column);
+    if (units[e].real) in.a[e] = load_raw(at<T>(args.pre, units[e].b, t, units[e].column));
   }
 }
 
@@ -108,18 +107,18 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const float start = place.real ? static_cast<const float*>(args.c0)[of_state] : 0.0f;
   float carry = 0, grad_weight = 0, grad_bias = 0, decay = 1;
   if (place.real && args.grad_c_last) carry = static_cast<const float*>(args.grad_c_last)[of_state];
-  BackwardInputs<T> next = {};
-  load_inputs(next, args, shape, statistics, place, units, shape.T - 1);
+  BackwardInputs next = {};
+  load_inputs<T>(next, args, shape, statistics, place, units, shape.T - 1);
 
   for (int t = shape.T - 1; t >= 0; --t) {
     const uint32_t parity = (shape.T - 1 - t) & 1;
-    const BackwardInputs<T> in = next;
-    load_inputs(next, args, shape, statistics, place, units, t - 1);
-    const float before = t > 0 ? to_float(in.before) : start, stored = to_float(in.c);
-    const Activation forget = sigmoid_fast(to_float(in.f)), write = sigmoid_fast(to_float(in.i)),
-                     delta = tanh_fast(to_float(in.d));
+    const BackwardInputs in = next;
+    load_inputs<T>(next, args, shape, statistics, place, units, t - 1);
+    const float before = t > 0 ? from_raw<T>(in.before) : start, stored = from_raw<T>(in.c);
+    const Activation forget = sigmoid_fast(from_raw<T>(in.f)), write = sigmoid_fast(from_raw<T>(in.i)),
+                     delta = tanh_fast(from_raw<T>(in.d));
     const float xhat = (forget.value * before + write.value * delta.value - in.statistics.x) * in.statistics.y;
-    float g = carry + (args.grad_c.data ? to_float(in.grad_c) : 0.0f);
+    float g = carry + (args.grad_c.data ? from_raw<T>(in.grad_c) : 0.0f);
     if (!place.real || stored >= edge || stored <= -edge) g = 0;
     grad_weight += place.real ? g * xhat : 0.0f;
     grad_bias += g;
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int e = 0; e < kUnitsPerThread; ++e) {
       if (!units[e].owned) continue;
       const float* of_unit = partial + units[e].row * split_h.stride() + units[e].unit;
-      const Activation h = activated(units[e].real ? to_float(in.a[e]) : 0.0f, shape.activation);
+      const Activation h = activated(units[e].real ? from_raw<T>(in.a[e]) : 0.0f, shape.activation);
       const T da = from_float<T>(hidden_product.summed(of_unit) * h.slope);
       a_rows[place_of(units[e].row, units[e].column)] = da;
       if (units[e].real) {

@@ -211,4 +211,6 @@ int64_t recurrent_team(int64_t D, int64_t H, int device) {
   return plan.cluster ? -plan.blocks : plan.blocks;
 }
 
+int64_t recurrent_teams(int64_t D, int64_t H, int device) { return plan_for(int(D), int(H), device).teams; }
+
 }  // namespace newllm::cuda

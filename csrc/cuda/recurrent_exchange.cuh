@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "copy_async.cuh"
 #include "numeric.cuh"
 
 namespace newllm::cuda {
@@ -91,15 +92,16 @@ struct Team {
       }
       __syncthreads();
       (get(channels), ...);
+      copy_async_commit();
+      copy_async_wait<0>();
       __syncthreads();
     }
   }
 
   __device__ void get(const Channel& channel) {
     const uint4* source = memory.data + channel.offset;
-#pragma unroll 6
     for (int piece = threadIdx.x; piece < blocks * channel.pieces; piece += kTeamThreads) {
-      channel.records[piece] = __ldcg(source + piece);
+      copy_async<16>(channel.records + piece, source + piece, true);  // past L1, all of them on their way at once
     }
   }
 

@@ -62,27 +62,28 @@ __device__ void pack_matrix(T* packed, int N, int K, const Element& element) {
 // A product as one warp sees it. Made before the loop over time: all that needs a division is in here.
 template <class T>
 struct Product {
-  const uint4* matrix;  // of this lane
-  const T* rows;        // of this lane, as ldmatrix wants it
-  float* target;        // of this lane among the partial sums
-  int tiles, first_step, step, steps, stride, along;
+  const uint4* matrix;                                       // of this lane
+  const T* rows;                                             // of this lane, as ldmatrix wants it
+  float* target;                                             // of this lane among the partial sums
+  int tiles, first_step, step, steps, count, stride, along;  // count: of this warp's steps of k
 
   __device__ Product(const T* packed, const T* all_rows, int K, const Split& split, float* partial) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     tiles = split.tiles / split.across;
     along = split.along, stride = split.stride(), steps = K / 32, step = split.along;
     first_step = warp / split.across;
+    count = (steps - first_step + step - 1) / step;
     const int first = warp % split.across * tiles;
     matrix = reinterpret_cast<const uint4*>(packed) + first * steps * 32 + lane;
     rows = all_rows + lane * 8;
     target = partial + (first_step * kRows + lane / 4) * stride + first * 8 + lane % 4 * 2;
   }
 
-  template <int kTiles>
-  __device__ __forceinline__ void multiply_tiles() const {
-    float sums[2][kTiles][4] = {};
-#pragma unroll 4
-    for (int k = first_step; k < steps; k += step) {
+  // kSteps of k in one go, without a branch between them, so that all loads are on their way before the first product.
+  template <int kTiles, int kSteps>
+  __device__ __forceinline__ void add_steps(float (&sums)[2][kTiles][4], int& k) const {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n, k += step) {
       uint32_t even[4], odd[4];
       load_matrices(even, rows + k * 4 * kChunk);
       load_matrices(odd, rows + k * 4 * kChunk + 2 * kChunk);
@@ -93,6 +94,15 @@ struct Product {
         mma<T>(sums[1][tile], odd, w.z, w.w);
       }
     }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_tiles() const {
+    float sums[2][kTiles][4] = {};
+    int k = first_step;
+    for (int n = count / 4; n > 0; --n) add_steps<kTiles, 4>(sums, k);
+    if (count & 2) add_steps<kTiles, 2>(sums, k);
+    if (count & 1) add_steps<kTiles, 1>(sums, k);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const float (&a)[4] = sums[0][tile], (&b)[4] = sums[1][tile];
@@ -107,14 +117,20 @@ struct Product {
     __syncthreads();
   }
 
-  // The result of one row and output, whose partial sums begin at `first`; all loads on their way at once.
-  __device__ __forceinline__ float summed(const float* first) const {
+  template <int kAlong>
+  __device__ __forceinline__ float rest(const float* first) const {
     float sum = 0;
 #pragma unroll
-    for (int slice = 0; slice < kTeamWarps; ++slice) {
-      if (slice < along) sum += first[slice * kRows * stride];
-    }
+    for (int slice = 1; slice < kAlong; ++slice) sum += first[slice * kRows * stride];
     return sum;
+  }
+
+  // The result of one row and output, whose partial sums begin at `first`.
+  __device__ __forceinline__ float summed(const float* first) const {
+    float sum = first[0];
+    if (along == 8) return sum + rest<8>(first);
+    if (along == 4) return sum + rest<4>(first);
+    return along == 2 ? sum + rest<2>(first) : sum;
   }
 };
 

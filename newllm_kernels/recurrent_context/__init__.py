@@ -139,10 +139,13 @@ def _select(z, c0, hidden_weight, gate_weight, norm):
     return backends.select("recurrent_context", z, c0.shape[1], Cell(H, layers, reference.NORMS[norm]))
 
 
-def _described(z, context_weight, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs):
+def _described(
+    z, context_weight=None, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs
+):
     H = 0 if gate_weight is None else gate_weight.shape[1]
     layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
-    return z, context_weight.shape[1], Cell(H, layers, kwargs.get("norm", "state"))
+    D = z.shape[-1] if context_weight is None else context_weight.shape[1]
+    return z, D, Cell(H, layers, kwargs.get("norm", "state"))
 
 
 def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
