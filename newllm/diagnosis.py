@@ -129,10 +129,10 @@ def memory(
 
 def passes(cell: ContextCell, from_x: Tensor, start: Tensor) -> list[dict[str, int]]:
     """Passes until all seams are within TOLERANCE, for lengths of text and of chunks."""
-    found = []
-    for T in LENGTHS:
+    whole, found = from_x.shape[1], []
+    for T in sorted({T for T in LENGTHS if whole > T} | {whole}):
         for steps in CHUNK_STEPS:
-            if from_x.shape[1] < T or 2 * steps > T:
+            if 2 * steps > T:
                 continue
             K = T // steps
             with nk.record_seams() as seams:

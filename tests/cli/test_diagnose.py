@@ -57,7 +57,7 @@ def test_a_cell_that_never_forgets_has_no_horizon_and_a_strongly_coupled_one_is_
     from_x, start, contexts = along(made, 64)
     assert diagnosis.memory(made, from_x, start, contexts)[1]["0.001"] is None
     assert diagnosis.lyapunov(made, from_x, start) == pytest.approx(0.0, abs=1e-6)
-    wild = cell(0.0, norm="state", coupling=30.0)
+    wild = cell(0.0, norm="state", coupling=6.0)
     assert diagnosis.lyapunov(wild, *along(wild)[:2]) > 0.05
 
 
@@ -100,6 +100,7 @@ def test_the_command(newllm, text, runs_root, options):
         assert math.isfinite(one["lyapunov"])
         assert len(one["trace"]) == found["tokens"] == one["steps"]
         assert sum(one["variances"]) == pytest.approx(1.0)
+        assert one["passes"]
         assert all(1 <= row["passes"] <= row["chunks"] for row in one["passes"])
     assert newllm("diagnose", "cell", "--data", text, "--tokens", 100).code == 0
 
