@@ -130,3 +130,20 @@ def test_what_does_not_fit_is_named_and_computed_elsewhere(options, D, dtype, wo
         with pytest.warns(UserWarning, match="slow reference"):
             c, _ = made.run()
     assert c.shape == (2, 5, D)
+
+
+def test_solvers_of_context_rnn_agree():
+    made = {"input_size": 64, "hidden_dim": 256, "context_dim": 128, "batch_first": True, "device": "cuda"}
+    first = nk.ContextRNN(**made, solver="sequential", dtype=torch.bfloat16)
+    x = torch.randn(3, 300, 64, device="cuda", dtype=torch.bfloat16)
+    want, end = first(x)
+    for solver in ("chunked", "auto"):
+        other = nk.ContextRNN(**made, solver=solver, dtype=torch.bfloat16)
+        other.load_state_dict(first.state_dict())
+        for _ in range(3):  # auto learns from what it has seen
+            with nk.record_seams() as seams:
+                output, state = other(x)
+            assert relative_error(output, want.detach().cpu().double()) <= 2e-3
+            assert relative_error(state, end.detach().cpu().double()) <= 2e-3
+        output.float().sum().backward()
+        assert seams[0].chunks > 1 or solver == "auto"
