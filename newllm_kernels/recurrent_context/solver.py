@@ -56,6 +56,8 @@ class Solver:
             return 1
         if self.kind == "chunked":
             return self.chunks or max(2, min(T // SHORTEST, rows // B))
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph cannot ask what has moved
+            return 1
         self.calls += 1
         if self.calls % FORGET_AFTER == 0:
             self.seen.clear()
