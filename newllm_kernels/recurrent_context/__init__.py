@@ -60,7 +60,7 @@ def recurrent_context(
         norm: where LayerNorm stands: "state", "output" or None.
         chunks: of time, run side by side in passes until they meet, in the backward too (newllm_kernels/recurrent_context/
             chunks.py); 1: all steps in order of time. For few, long sequences, which leave the device idle.
-        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 2e-4 for bfloat16, 5e-5
+        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16, 2e-4
             for float16, 1e-13 for float64.
         passes: the most there are; what still moves then runs in order of time. `record_seams` tells how many it took.
 

@@ -30,7 +30,9 @@ def test_help_of_every_command(newllm, command):
 
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
-    assert all(f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "diagnose", "compare"))
+    assert all(
+        f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "diagnose", "compare")
+    )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
 

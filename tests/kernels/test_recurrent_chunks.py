@@ -36,7 +36,10 @@ def make_way(problem, **way):
 @pytest.mark.parametrize(("T", "chunks"), [(64, 4), (67, 8), (41, 2), (50, 7)])  # whole, and with steps left over
 def test_chunks_equal_the_order_of_time(T, chunks, norm, dtype):
     problem = make("recurrent_context", 3, T, 21, dtype, norm=norm, clamp=None, layers=2)
-    found, seams = both_ways(problem, chunks=chunks, passes=16)
+    tolerance = {torch.bfloat16: 2e-4, torch.float16: 5e-5}.get(
+        dtype
+    )  # 1e-3 of every seam may add up to more than 1e-3
+    found, seams = both_ways(problem, chunks=chunks, passes=16, tolerance=tolerance)
     for name, error in found.items():
         assert error <= CLOSE[dtype] * (2 if name.startswith("grad") and dtype.itemsize == 2 else 1), (name, error)
     assert [(x.direction, x.chunks, x.steps) for x in seams] == [

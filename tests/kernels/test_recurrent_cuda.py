@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, LOOPED_FACTOR, TOLERANCE, differentiate, errors, make, relative_error
 
 import newllm_kernels as nk
 from newllm_kernels import backends, native
+from newllm_kernels.recurrent_context import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -46,26 +49,49 @@ def test_truth(B, T, D, ratio, dtype):
         assert error <= LOOPED_FACTOR * bound, (name, error)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
 def test_activations_and_absent_parameters(activation):
-    made = problem(7, 9, 128, activation=activation, clamp=1.0)
+    made = problem(7, 9, 128, activation=activation, clamp=None)
     for absent in ("gate_bias", "weight", "bias"):
         del made.tensors[absent]
     for name, (error, _) in errors(made).items():
         assert error <= LOOPED_FACTOR * GRADIENT_TOLERANCE[torch.bfloat16], (name, error)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_adjoint_of_stored_contexts(activation):
+    """Against the reference from the same contexts: ReLU and the clamp make gradients jump, and contexts that differ in their
+    third digit, as 16-bit products leave them, are now and then on the other side. What was cut is marked in the contexts."""
+    made = problem(18, 12, 128, activation=activation, clamp=1.0)
+    t = made.tensors
+    names = ("context_weight", "hidden_weight", "hidden_bias", "gate_weight", "gate_bias", "weight", "bias")
+    weights = [t.get(name) for name in names]
+    kinds = (reference.ACTIVATIONS.index(activation), reference.NORMS.index("state"))
+    c, last = made.run()
+    grads = torch.randn_like(c), torch.randn_like(last)
+    found = []
+    for backend in ("cuda", "reference"):
+        with nk.use_backend(backend):
+            found.append(
+                torch.ops.newllm.recurrent_context_backward(
+                    *grads, t["z"], c, c.new_empty(0), t["c0"], *weights, 1e-5, 1.0, *kinds, False, 1, 1e-3, 1
+                )
+            )
+    for k, (x, y) in enumerate(zip(*found, strict=True)):
+        if y.numel():
+            assert relative_error(x, y.cpu().double()) <= GRADIENT_TOLERANCE[torch.bfloat16], k
+
+
+# Two ways through time cannot be closer than their roundings: a start 1e-4 off comes out 3e-3 off, whatever T, where operands
+# are rounded to bfloat16, and fades where they are not (docs/numerics.md). So both are held to the truth, by the same bound.
 @pytest.mark.parametrize("D", [256, 768])
-def test_chunks_equal_the_order_of_time(D):
-    made = problem(2, 90, D, clamp=None)
-    grads = [torch.randn_like(x) for x in made.run()]
-    want, want_grads = differentiate(made.run, made.tensors, grads)
-    chunked = type(made)(made.function, made.tensors, made.options | {"chunks": 4, "passes": 8})
-    got, got_grads = differentiate(chunked.run, made.tensors, grads)
-    for x, y in zip(got, want, strict=True):
-        assert relative_error(x, y.detach().cpu().double()) <= 1e-3
-    for name, y in want_grads.items():
-        assert relative_error(got_grads[name], y.cpu().double()) <= 2e-3, name
+def test_chunks_are_as_true_as_the_order_of_time(D):
+    made = problem(2, 90, D, clamp=None, chunks=4, passes=8)
+    with nk.record_seams() as seams:
+        for name, (error, _) in errors(made).items():
+            bound = (GRADIENT_TOLERANCE if name.startswith("grad") else TOLERANCE)[torch.bfloat16]
+            assert error <= LOOPED_FACTOR * bound, (name, error)
+    assert {(x.direction, x.chunks) for x in seams} == {("forward", 4), ("backward", 4)}
 
 
 @pytest.mark.parametrize("D", [256, 768])
@@ -132,18 +158,21 @@ def test_what_does_not_fit_is_named_and_computed_elsewhere(options, D, dtype, wo
     assert c.shape == (2, 5, D)
 
 
-def test_solvers_of_context_rnn_agree():
-    made = {"input_size": 64, "hidden_dim": 256, "context_dim": 128, "batch_first": True, "device": "cuda"}
-    first = nk.ContextRNN(**made, solver="sequential", dtype=torch.bfloat16)
-    x = torch.randn(3, 300, 64, device="cuda", dtype=torch.bfloat16)
-    want, end = first(x)
-    for solver in ("chunked", "auto"):
-        other = nk.ContextRNN(**made, solver=solver, dtype=torch.bfloat16)
+def test_solvers_of_context_rnn_are_as_true_as_each_other():
+    made = {"input_size": 64, "hidden_dim": 256, "context_dim": 128, "batch_first": True}
+    x = torch.randn(3, 300, 64).bfloat16()
+    first = nk.ContextRNN(**made, dtype=torch.bfloat16)
+    exact = copy.deepcopy(first).double()
+    with nk.use_backend("cpu"):
+        want, end = exact(x.double())
+    for solver in ("sequential", "chunked", "auto"):
+        other = nk.ContextRNN(**made, solver=solver, dtype=torch.bfloat16, device="cuda")
         other.load_state_dict(first.state_dict())
         for _ in range(3):  # auto learns from what it has seen
             with nk.record_seams() as seams:
-                output, state = other(x)
-            assert relative_error(output, want.detach().cpu().double()) <= 2e-3
-            assert relative_error(state, end.detach().cpu().double()) <= 2e-3
+                output, state = other(x.cuda())
+            # Seen in this arithmetic on twelve fresh networks: 2e-3 to 6e-3, the eager bfloat16 loop 9e-3 to 4e-2.
+            assert relative_error(output, want.detach()) <= LOOPED_FACTOR * TOLERANCE[torch.bfloat16]
+            assert relative_error(state, end.detach()) <= LOOPED_FACTOR * TOLERANCE[torch.bfloat16]
         output.float().sum().backward()
-        assert seams[0].chunks > 1 or solver == "auto"
+        assert (seams[0].chunks > 1) == (solver == "chunked") or solver == "auto"
