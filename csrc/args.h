@@ -160,12 +160,11 @@ struct RecurrentBackwardArgs {
   View3 pre, c;
   const void* c0 = nullptr;
   const void* grad_c_last = nullptr;
-  View3 grad_pre;               // written, (B, T, S)
-  View3 hidden;                 // written, (B, T, layers * H): what the hidden layers gave
-  void* grad_c0 = nullptr;      // written, (B, D) acc
-  void* grad_weight = nullptr;  // written, (D) acc
-  void* grad_bias = nullptr;    // written, (D) acc
-  void* decay = nullptr;        // as in RecurrentArgs
+  View3 grad_pre;             // written, (B, T, S)
+  View3 hidden;               // written, (B, T, layers * H): what the hidden layers gave
+  void* grad_c0 = nullptr;    // written, (B, D) acc
+  void* grad_norm = nullptr;  // written, (B, 2, D) acc: gradients of the norm's weight and bias, of every row its own
+  void* decay = nullptr;      // as in RecurrentArgs
 };
 
 // y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.

@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "recurrent_context_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor pre, Tensor c, Tensor c0, "
       "Tensor context_weight, Tensor? hidden_weight, Tensor? gate_weight, Tensor? weight, Tensor? bias, float eps, "
       "float clamp, int activation, int norm, bool decay) -> (Tensor grad_pre, Tensor hidden, Tensor grad_c0, "
-      "Tensor grad_weight, Tensor grad_bias, Tensor decay)");
+      "Tensor grad_norm, Tensor decay)");
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");

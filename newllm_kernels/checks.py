@@ -108,6 +108,12 @@ def parameter(
     return value
 
 
+def count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
+    return value
+
+
 def choice(name: str, value: object, choices: tuple[str | None, ...]) -> int:
     """The index of one of a few words."""
     if value not in choices:

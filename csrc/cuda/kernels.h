@@ -66,4 +66,14 @@ cudaError_t context_update_backward(const ContextBackwardArgs& args, const Scrat
 // Widest D whose row fits into registers, or into the shared memory of one block of this device, forward and backward.
 int64_t context_update_max_width(int device);
 
+// The whole cell of one hidden layer with LayerNorm in the loop, 16-bit tensors, for widths that recurrent_team takes.
+cudaError_t recurrent_forward(const RecurrentArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t recurrent_backward(const RecurrentBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
+
+// Blocks that compute 16 rows of these widths together, negative where they are a cluster; 0 where they do not fit.
+int64_t recurrent_team(int64_t D, int64_t H, int device);
+
+// How many such teams run at once.
+int64_t recurrent_teams(int64_t D, int64_t H, int device);
+
 }  // namespace newllm::cuda
