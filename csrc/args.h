@@ -26,12 +26,12 @@ struct ScanShape {
   int64_t num_sequences = 0;  // N; equals B when dense
 };
 
-// weight and bias are (D) in acc, LayerNorm's on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
+// weight and bias are (D) in acc, on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
 // is +inf where nothing is clamped.
 struct NormParams {
   const void* weight = nullptr;
   const void* bias = nullptr;
-  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read by the CUDA LayerNorm
+  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read on CUDA
   double eps = 1e-5;
   double clamp_value = 0;
 };
@@ -160,12 +160,11 @@ struct RecurrentBackwardArgs {
   View3 pre, c;
   const void* c0 = nullptr;
   const void* grad_c_last = nullptr;
-  View3 grad_pre;               // written, (B, T, S)
-  View3 hidden;                 // written, (B, T, layers * H): what the hidden layers gave
-  void* grad_c0 = nullptr;      // written, (B, D) acc
-  void* grad_weight = nullptr;  // written, (D) acc
-  void* grad_bias = nullptr;    // written, (D) acc
-  void* decay = nullptr;        // as in RecurrentArgs
+  View3 grad_pre;             // written, (B, T, S)
+  View3 hidden;               // written, (B, T, layers * H): what the hidden layers gave
+  void* grad_c0 = nullptr;    // written, (B, D) acc
+  void* grad_norm = nullptr;  // written, (B, 2, D) acc: gradients of the norm's weight and bias, of every row its own
+  void* decay = nullptr;      // as in RecurrentArgs
 };
 
 // y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.
@@ -179,7 +178,7 @@ struct LayerNormArgs {
   int64_t residual_stride = 0;
   void* sum = nullptr;   // (rows, D) contiguous, written when residual is given
   void* y = nullptr;     // (rows, D) contiguous
-  void* mean = nullptr;  // (rows) acc
+  void* mean = nullptr;  // (rows) acc, on CUDA it may be absent, and rstd with it
   void* rstd = nullptr;  // (rows) acc
 };
 

@@ -16,7 +16,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     width: int  # D
     small: bool = False  # of no more than SMALL elements
+    detail: Hashable = None  # what else an operation's implementations ask for, as `register_detail` says
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class Implementation:
     backward: Callable[..., Any]
     supports: Callable[[Call], Verdict]
     rank: Callable[[Call], int] = lambda call: 0  # for `auto`, where measurement contradicts the order of BACKENDS
+    plain: Callable[..., Any] | None = None  # forward without the outputs that only a backward reads
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
+_details: dict[str, Callable[..., tuple[Tensor, int, Hashable]]] = {}
 _cache: dict[tuple[Any, ...], Implementation] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -102,14 +105,19 @@ def register(operation: str, implementation: Implementation) -> None:
     _cache.clear()
 
 
+def register_detail(operation: str, describe: Callable[..., tuple[Tensor, int, Hashable]]) -> None:
+    """For `explain`: describe(arguments of the public function) -> what the operation gives `select`."""
+    _details[operation] = describe
+
+
 def operations() -> tuple[str, ...]:
     """Names of all operations."""
     return tuple(_registry)
 
 
-def select(operation: str, like: Tensor, width: int) -> Implementation:
+def select(operation: str, like: Tensor, width: int, detail: Hashable = None) -> Implementation:
     """The implementation that serves this call; `like` is the tensor whose device and dtype decide."""
-    key = (operation, _chosen, like.device, like.dtype, width, like.numel() <= SMALL)
+    key = (operation, _chosen, like.device, like.dtype, width, like.numel() <= SMALL, detail)
     found = _cache.get(key)
     if found is None:
         if len(_cache) > 4096:  # widths are few in practice; a process that sees thousands must not grow without end
@@ -169,8 +177,10 @@ def explain(operation: str, *args: Any, **kwargs: Any) -> str:
     tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if tensor is None:
         raise TypeError("explain: wanted the arguments of the call, at least one tensor among them")
-    width = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1]
-    call = Call(tensor.device, tensor.dtype, width, tensor.numel() <= SMALL)
+    width, detail = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1], None
+    if name in _details:
+        tensor, width, detail = _details[name](*args, **kwargs)
+    call = Call(tensor.device, tensor.dtype, width, tensor.numel() <= SMALL, detail)
     answers = verdicts(name, call)
     taken = _best(name, call, answers) if _chosen == "auto" else _chosen if answers[_chosen].ok else None
     lines = [f"{operation} of {call.dtype} on {call.device}, width {call.width} (choice: {_chosen})"]
@@ -279,21 +289,26 @@ def triton_implementation(
 
 
 def native_implementation(
-    operation: str, backend: str, supports: Callable[[Call], Verdict], rank: Callable[[Call], int] = lambda call: 0
+    operation: str,
+    backend: str,
+    supports: Callable[[Call], Verdict],
+    rank: Callable[[Call], int] = lambda call: 0,
+    plain: str | None = None,
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
-        forward, backward = _native_operator(operation), _native_operator(f"{operation}_backward")
+        forward, backward = native_operator(operation), native_operator(f"{operation}_backward")
     else:
 
         def forward(*args: Any) -> Any:
             raise BackendError(native.library().reason)
 
         backward = forward
-    return Implementation(backend, forward, backward, supports, rank)
+    without = _native_operator(plain) if plain and native.library().ok else None
+    return Implementation(backend, forward, backward, supports, rank, without)
 
 
-def _native_operator(name: str) -> Callable[..., Any]:
+def native_operator(name: str) -> Callable[..., Any]:
     """newllm_native::<name>, as what its OpOverload calls: a frame of Python less."""
     overload = getattr(torch.ops.newllm_native, name).default
     return getattr(overload, "_op", overload)

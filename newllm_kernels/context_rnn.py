@@ -13,6 +13,7 @@ from newllm_kernels.modules import LayerNorm
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.recurrent_context import recurrent_context
 from newllm_kernels.recurrent_context.reference import ACTIVATIONS, NORMS
+from newllm_kernels.recurrent_context.solver import Solver
 
 _ACTIVATE = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -22,13 +23,14 @@ class ContextLayer(nn.Module):
 
     def __init__(
         self, input_size: int, hidden_dim: int, context_dim: int, fnn_layers: int, activation: str, norm: str | None,
-        clamp: float | None, eps: float, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None,
+        clamp: float | None, eps: float, bias: bool, solver: Solver, device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         super().__init__()
         made = {"device": device, "dtype": dtype}
         H, D = hidden_dim, context_dim
         first = H if fnn_layers else 3 * D
-        self.activation, self.norm_kind, self.clamp = activation, norm, clamp
+        self.activation, self.norm_kind, self.clamp, self.solver = activation, norm, clamp, solver
         self.from_input = nn.Linear(input_size, first, bias=bias, **made)
         self.context_weight = nn.Parameter(torch.empty(first, D, **made))
         further = fnn_layers - 1
@@ -67,12 +69,13 @@ class ContextLayer(nn.Module):
             state = self._step(z[:, 0], state)
             return state[:, None].to(z.dtype), state
         gates, norm = self.gates, self.norm
-        return recurrent_context(
-            z, self.context_weight, state, self.hidden_weight, self.hidden_bias,
-            None if gates is None else gates.weight, None if gates is None else gates.bias,
-            None if norm is None else norm.weight, None if norm is None else norm.bias,
-            1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation, norm=self.norm_kind,
-        )  # fmt: skip
+        with self.solver.way(z, state.shape[1], 0 if gates is None else gates.in_features) as way:
+            return recurrent_context(
+                z, self.context_weight, state, self.hidden_weight, self.hidden_bias,
+                None if gates is None else gates.weight, None if gates is None else gates.bias,
+                None if norm is None else norm.weight, None if norm is None else norm.bias,
+                1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation, norm=self.norm_kind, **way,
+            )  # fmt: skip
 
     def _step(self, z: Tensor, state: Tensor) -> Tensor:
         """One step: z (B, Z), state (B, D) -> state (B, D)."""
@@ -117,6 +120,10 @@ class ContextRNN(nn.Module):
         bias: whether the linear layers have biases. Those of the forget gates start spread over 0 to 4.
         batch_first: whether x and output are (N, T, ...) instead of (T, N, ...).
         dropout: on the contexts that a layer hands to the next, in training.
+        solver: "sequential", all steps in order of time; "chunked", `chunks` pieces of time side by side in passes until they
+            meet; "auto", whichever is predicted to be faster from the passes seen so far (few, long sequences on a GPU).
+        chunks: for "chunked"; None: as many as the device computes at once.
+        tolerance, passes: when chunks have met, and how many passes there are at most; see `recurrent_context`.
 
     Shapes:
         x (T, N, E), (N, T, E) where batch_first, (T, E) without a batch, or a PackedSequence
@@ -157,6 +164,10 @@ class ContextRNN(nn.Module):
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
+        solver: str = "auto",
+        chunks: int | None = None,
+        tolerance: float | None = None,
+        passes: int = 8,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -179,11 +190,11 @@ class ContextRNN(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout!r}, wanted a number in [0, 1)")
         self.input_size, self.hidden_dim, self.context_dim, self.num_layers = sizes.values()
-        self.batch_first, self.dropout = batch_first, dropout
+        self.batch_first, self.dropout, self.solver = batch_first, dropout, solver
         self.layers = nn.ModuleList(
             ContextLayer(
                 context_dim if n else input_size, hidden_dim, context_dim, fnn_layers, activation, norm, clamp, eps,
-                bias, device, dtype,
+                bias, Solver(solver, chunks, tolerance, passes), device, dtype,
             )
             for n in range(num_layers)
         )  # fmt: skip
@@ -267,5 +278,5 @@ class ContextRNN(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_dim}, {self.context_dim}, num_layers={self.num_layers}, "
-            f"batch_first={self.batch_first}, dropout={self.dropout}"
+            f"batch_first={self.batch_first}, dropout={self.dropout}, solver={self.solver!r}"
         )

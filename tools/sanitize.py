@@ -23,8 +23,13 @@ from newllm_kernels.backends import Call, verdicts
 
 SHAPES = {
     "triton": [(2, 70, 33), (1, 700, 17), (1, 700, 260)],
-    "cuda": [(2, 70, 33), (1, 700, 17), (1, 3000, 64), (1, 700, 640), (3, 200, 264)],  # the last but one in clusters
+    # (1, 700, 640) in clusters; (300, 3, 72) rows of context_scan that share a multiprocessor, on one of fewer than 300.
+    "cuda": [(2, 70, 33), (1, 700, 17), (1, 3000, 64), (1, 700, 640), (300, 3, 72), (3, 200, 264)],
 }
+
+
+# Of LayerNorm: rows of several warps, and of several blocks.
+NORM_SHAPES = [(1, 9, 2048), (1, 5, 4097), (1, 3, 16384)]
 
 
 def main() -> int:
@@ -43,7 +48,9 @@ def main() -> int:
         for function in only & cases.TRUTH.keys() or cases.TRUTH:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
             served = False
-            for shape in SHAPES[backend]:
+            for shape in SHAPES[backend] + (NORM_SHAPES if operation == "layer_norm" and backend == "cuda" else []):
+                if shape[2] > 8192 and torch.cuda.get_device_capability() < (9, 0):
+                    continue
                 for dtype in (torch.float32, torch.bfloat16):
                     if not verdicts(operation, Call(torch.device("cuda", 0), dtype, shape[2]))[backend].ok:
                         continue

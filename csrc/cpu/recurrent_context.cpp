@@ -200,11 +200,10 @@ class Forward {
 template <class T, class A = acc_t<T>>
 class Backward {
  public:
-  Backward(const RecurrentBackwardArgs& args, const Matrices<T>& matrices, A* grad_norm, int64_t begin, int64_t end)
+  Backward(const RecurrentBackwardArgs& args, const Matrices<T>& matrices, int64_t begin, int64_t end)
       : args_(args),
         shape_(args.shape),
         matrices_(matrices),
-        grad_norm_(grad_norm),
         b0_(begin),
         rows_(end - begin),
         carry_(rows_, shape_.D),
@@ -226,7 +225,7 @@ class Backward {
   }
 
  private:
-  A* grad_weight(int64_t r) { return grad_norm_ + (b0_ + r) * 2 * shape_.D; }
+  A* grad_weight(int64_t r) { return static_cast<A*>(args_.grad_norm) + (b0_ + r) * 2 * shape_.D; }
   A* grad_bias(int64_t r) { return grad_weight(r) + shape_.D; }
   A* decay(int64_t r) { return static_cast<A*>(args_.decay) + (b0_ + r) * shape_.D; }
 
@@ -342,7 +341,6 @@ class Backward {
   const RecurrentBackwardArgs& args_;
   const RecurrentShape& shape_;
   const Matrices<T>& matrices_;
-  A* grad_norm_;  // (B, 2, D): of every row its own, added in their order whatever the number of threads
   int64_t b0_, rows_;
   Rows<A> carry_, gates_, x_, y_;
   Scratch<A> scratch_;
@@ -381,14 +379,8 @@ void recurrent_forward(const RecurrentArgs& args) {
 void recurrent_backward(const RecurrentBackwardArgs& args) {
   for_dtype(args.shape.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using A = acc_t<T>;
-    const int64_t B = args.shape.B, D = args.shape.D;
     const Matrices<T> matrices(args.shape, args.weights, true);
-    const std::unique_ptr<A[]> grad_norm(new A[B * 2 * D]), sums(new A[2 * D]);
-    for_rows(B, [&](int64_t begin, int64_t end) { Backward<T>(args, matrices, grad_norm.get(), begin, end).run(); });
-    reduce_blocks(grad_norm.get(), B, 2 * D, sums.get());
-    std::copy_n(sums.get(), D, static_cast<A*>(args.grad_weight));
-    std::copy_n(sums.get() + D, D, static_cast<A*>(args.grad_bias));
+    for_rows(args.shape.B, [&](int64_t begin, int64_t end) { Backward<T>(args, matrices, begin, end).run(); });
   });
 }
 

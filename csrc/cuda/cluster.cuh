@@ -88,4 +88,15 @@ __device__ __forceinline__ void send(float4 value, float4* target, uint64_t* bar
 #endif
 }
 
+// Stores 16 bytes into the shared memory of block `rank` of the cluster, which sees them after cluster_sync.
+__device__ __forceinline__ void store_remote(float4 value, float4* target, uint32_t rank) {
+#ifdef NEWLLM_CLUSTERS
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(target)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+#endif
+}
+
 }  // namespace newllm::cuda

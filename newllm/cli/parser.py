@@ -112,6 +112,7 @@ def build_parser() -> Parser:
     _prepare_options(add("prepare", "tokenise a text once for many runs", PREPARE_TEXT))
     _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
     _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
+    _diagnose_options(add("diagnose", "what the contexts of a trained model do", DIAGNOSE_TEXT))
     _compare_options(add("compare", "New-LLM against a Transformer of its size", COMPARE_TEXT))
     return parser
 
@@ -126,6 +127,10 @@ PREPARE_TEXT = (
 )
 EVAL_TEXT = (
     "Perplexity of a run's best checkpoint, beside that of word counts alone (the unigram model of its training text)."
+)
+DIAGNOSE_TEXT = (
+    "Of every cell with coupling full, along a text: largest Lyapunov exponent, how long another start is remembered, passes that "
+    "chunks of time take, effective rank of the contexts, gate statistics. Prints tables and writes diagnose.png into the run."
 )
 GENERATE_TEXT = "Write on from a prompt with a run's best checkpoint, at constant memory however long the text."
 COMPARE_TEXT = (
@@ -199,6 +204,15 @@ def _run_options(parser: Parser) -> None:
     """Of every command that uses a trained run."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as PyTorch chooses)")
+
+
+def _diagnose_options(parser: Parser) -> None:
+    parser.add_argument("run", nargs="?", default="latest", help="name or path of a run (default: latest)")
+    parser.add_argument("--data", help="another text than the run's validation text: as in newllm train")
+    parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text (default: 1024)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _run_options(parser)
 
 
 def _eval_options(parser: Parser) -> None:

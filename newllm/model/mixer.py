@@ -17,6 +17,8 @@ Hops approach the full cell from outside in time: after K hops the first K - 1 c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,7 +113,7 @@ class ContextCell(nn.Module):
         reading = self.reading_weight() if reading is None else reading
         if self.coupling == "full":
             step_by_step = from_x.shape[1] == 1  # cheaper than a kernel that gets its weights ready for many steps
-            contexts, last = (self._one_step if step_by_step else self._all_steps)(from_x, state[:, 0], reading)
+            contexts, last = (self._one_step if step_by_step else self.full)(from_x, state[:, 0], reading)
             return contexts, last[:, None]
 
         z, ends = self._up_to_the_last_hop(from_x, state, reading)
@@ -144,8 +146,9 @@ class ContextCell(nn.Module):
         c = self._update(self.gates(self.with_context(from_x[:, 0], c, reading)), c)
         return c[:, None].to(from_x.dtype), c
 
-    def _all_steps(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
-        """Of coupling="full", from_x (B, T, Z): one kernel over all T, from the same weights."""
+    def full(self, from_x: Tensor, c: Tensor, reading: Tensor, **way: Any) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, T, Z), c (B, D), reading (Z, D): one kernel over all T, from the weights that
+        single steps use. `way` are recurrent_context's chunks, tolerance and passes."""
         norm, gates, further = self.norm, self.to_gates, self.hidden_layers
         return recurrent_context(
             from_x, reading, c,
@@ -153,7 +156,7 @@ class ContextCell(nn.Module):
             torch.stack([layer.bias for layer in further]) if further else None,
             None if gates is None else gates.weight, None if gates is None else gates.bias,
             None if norm is None else norm.weight, None if norm is None else norm.bias,
-            1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation_name, norm=self.norm_kind,
+            1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation_name, norm=self.norm_kind, **way,
         )  # fmt: skip
 
     def _scan(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from newllm_kernels import backends, checks
+from newllm_kernels import backends, checks, native
+from newllm_kernels.context_scan import seams
+from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
+from newllm_kernels.recurrent_context import chunks as in_chunks
 from newllm_kernels.recurrent_context import products, reference
 
 
@@ -28,6 +31,9 @@ def recurrent_context(
     *,
     activation: str = "silu",
     norm: str | None = "state",
+    chunks: int = 1,
+    tolerance: float | None = None,
+    passes: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """The full cell: hidden layers and gates see the context that they are about to change.
 
@@ -52,6 +58,11 @@ def recurrent_context(
         clamp: bound on what LayerNorm gives, or None for none; not read where norm=None.
         activation: "relu", "gelu" (the exact one), "silu" or "tanh".
         norm: where LayerNorm stands: "state", "output" or None.
+        chunks: of time, run side by side in passes until they meet, in the backward too (newllm_kernels/recurrent_context/
+            chunks.py); 1: all steps in order of time. For few, long sequences, which leave the device idle.
+        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16, 2e-4
+            for float16, 1e-13 for float64.
+        passes: the most there are; what still moves then runs in order of time. `record_seams` tells how many it took.
 
         Weights may be of any dtype and are used in z's; biases stay float32 (float64 beside float64).
 
@@ -99,19 +110,55 @@ def recurrent_context(
     weight, bias = checks.affine("weight", weight, D, "z", z), checks.affine("bias", bias, D, "z", z)
     eps, clamp = checks.eps(eps), checks.clamp(clamp)
     kinds = checks.choice("activation", activation, reference.ACTIVATIONS), checks.choice("norm", norm, reference.NORMS)
+    way = checks.count("chunks", chunks), *_seam(tolerance, z), checks.count("passes", passes)
     # On a CPU products cost more than memory: what the backward needs is kept. A GPU computes it again in no time.
     save = z.device.type == "cpu" and torch.is_grad_enabled()
     weights = (context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias)
-    return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save)[:2]
+    return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save, *way)[:2]
+
+
+def _seam(tolerance: float | None, z: Tensor) -> tuple[float]:
+    if tolerance is None:
+        return (in_chunks.TOLERANCE[z.dtype],)
+    if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance!r}, wanted a number of at least 0 or None")
+    return (float(tolerance),)
+
+
+class Cell(NamedTuple):
+    """What of the cell decides who can serve it, beside D."""
+
+    H: int  # 0 where there is no hidden layer
+    layers: int
+    norm: str | None
+
+
+def _select(z, c0, hidden_weight, gate_weight, norm):
+    H = 0 if gate_weight is None else gate_weight.shape[1]
+    layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
+    return backends.select("recurrent_context", z, c0.shape[1], Cell(H, layers, reference.NORMS[norm]))
+
+
+def _described(
+    z, context_weight=None, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs
+):
+    H = 0 if gate_weight is None else gate_weight.shape[1]
+    layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
+    D = z.shape[-1] if context_weight is None else context_weight.shape[1]
+    return z, D, Cell(H, layers, kwargs.get("norm", "state"))
 
 
 def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
-            activation, norm, save):  # fmt: skip
-    kernel = backends.select("recurrent_context", z, c0.shape[1]).forward
-    return kernel(
-        z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
-        activation, norm, save, False,
-    )[:3]  # fmt: skip
+            activation, norm, save, chunks, tolerance, passes):  # fmt: skip
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm).forward
+    weights = (
+        context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp, activation, norm
+    )  # fmt: skip
+    plan = in_chunks.Plan(chunks, tolerance, passes)
+    if plan.applies(z.shape[1]) and len(z):
+        return in_chunks.forward(kernel, z, c0, weights, save, _width_of_pre(c0, hidden_weight, gate_weight), plan)
+    seams.report("forward", z.shape[1])
+    return kernel(z, c0, *weights, save, False)[:3]
 
 
 def _width_of_pre(c0, hidden_weight, gate_weight):
@@ -120,34 +167,39 @@ def _width_of_pre(c0, hidden_weight, gate_weight):
 
 
 def _fake(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
-          activation, norm, save):  # fmt: skip
+          activation, norm, save, chunks, tolerance, passes):  # fmt: skip
     B, T, _ = z.shape
     pre = z.new_empty((B, T, _width_of_pre(c0, hidden_weight, gate_weight)) if save else (0,))
     return z.new_empty((B, T, c0.shape[1])), c0.new_empty(c0.shape), pre
 
 
 def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
-                     gate_bias, weight, bias, eps, clamp, activation, norm, saved):  # fmt: skip
-    kernel = backends.select("recurrent_context", z, c0.shape[1]).backward
-    norm_weights = (weight, bias, eps, clamp)
+                     gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm).backward
     acc_weight, acc_bias = (None if x is None else x.to(c0.dtype) for x in (weight, bias))
     context_read = products.contexts_read(c, c0, acc_weight, acc_bias, eps, clamp, norm)
     if not saved:
         pre = products.pre_activations(
             z, context_read, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, activation
         )
-    grad_pre, hidden, grad_c0, grad_weight, grad_bias, _ = kernel(
-        grad_c, grad_c_last, pre, c, c0, context_weight, hidden_weight, gate_weight, *norm_weights, activation, norm,
-        False,
-    )  # fmt: skip
+    weights = (context_weight, hidden_weight, gate_weight, weight, bias, eps, clamp, activation, norm)
+    plan = in_chunks.Plan(chunks, tolerance, passes)
+    if plan.applies(z.shape[1]) and len(z):
+        hidden_width = pre.shape[2] - 3 * c0.shape[1]
+        solved = in_chunks.backward(kernel, grad_c, grad_c_last, pre, c, c0, weights, hidden_width, plan)
+        grad_pre, hidden, grad_c0, grad_norm = solved
+    else:
+        seams.report("backward", z.shape[1])
+        grad_pre, hidden, grad_c0, grad_norm, _ = kernel(grad_c, grad_c_last, pre, c, c0, *weights, False)
     grad_z, *of_weights = products.gradients(
         grad_pre, hidden, context_read, hidden_weight, hidden_bias, gate_weight, gate_bias
     )
-    return grad_z, grad_c0, *of_weights, grad_weight, grad_bias
+    grad_norm = grad_norm.sum(dim=0)
+    return grad_z, grad_c0, *of_weights, grad_norm[0].clone(), grad_norm[1].clone()
 
 
 def _fake_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
-                   gate_bias, weight, bias, eps, clamp, activation, norm, saved):  # fmt: skip
+                   gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
     D = c0.shape[1]
 
     def like(x):
@@ -158,7 +210,8 @@ def _fake_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_we
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, c0, *weights, ctx.eps, ctx.clamp, ctx.activation, ctx.norm, ctx.saved = inputs
+    z, c0, *weights = inputs[:9]
+    ctx.options = inputs[9:]  # eps, clamp, activation, norm, save, chunks, tolerance, passes
     c, _, pre = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre)
@@ -169,14 +222,12 @@ def _backward(
     ctx: Any, grad_c: Tensor | None, grad_c_last: Tensor | None, grad_pre: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_c is None and grad_c_last is None:
-        return (None,) * 14
+        return (None,) * 17
     tensors = ctx.saved_tensors
-    grads = _recurrent_context_backward(
-        grad_c, grad_c_last, *tensors, ctx.eps, ctx.clamp, ctx.activation, ctx.norm, ctx.saved
-    )
+    grads = _recurrent_context_backward(grad_c, grad_c_last, *tensors, *ctx.options)
     parameters = tensors[4:]
     of_parameters = (None if p is None else g.to(p.dtype) for g, p in zip(grads[2:], parameters, strict=True))
-    return grads[0], grads[1], *of_parameters, None, None, None, None, None
+    return grads[0], grads[1], *of_parameters, *((None,) * 8)
 
 
 _WEIGHTS = (
@@ -185,12 +236,12 @@ _WEIGHTS = (
 )
 _recurrent_context_backward = define(
     f"recurrent_context_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor z, Tensor c, Tensor pre, Tensor c0, {_WEIGHTS}"
-    ", bool saved) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ", bool saved, int chunks, float tolerance, int passes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel_backward,
     _fake_backward,
 )
 _recurrent_context = define(
-    f"recurrent_context(Tensor z, Tensor c0, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)",
+    f"recurrent_context(Tensor z, Tensor c0, {_WEIGHTS}, bool save, int chunks, float tolerance, int passes) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
     setup_context=_setup_context,
@@ -206,3 +257,30 @@ backends.register(
 backends.register(
     "recurrent_context", backends.native_implementation("recurrent_context", "cpu", backends.supports_cpu)
 )
+
+
+def _supports_cuda(call: backends.Call) -> Verdict:
+    verdict = backends.supports_cuda(call)
+    if not verdict.ok:
+        return verdict
+    D, (H, layers, norm) = call.width, call.detail
+    if call.dtype == torch.float32:
+        return Verdict(False, "multiplies 16-bit numbers: bfloat16 or float16, got torch.float32")
+    if layers != 1 or norm != "state":
+        return Verdict(False, f"has one hidden layer and LayerNorm in the loop, got {layers} and norm={norm!r}")
+    if torch.cuda.get_device_capability(call.device) < (9, 0):
+        return Verdict(False, f"needs compute capability 9.0, {torch.cuda.get_device_name(call.device)} has less")
+    team = native.cuda_recurrent_team(D, H, call.device.index)
+    if team == 0:
+        return Verdict(
+            False,
+            f"D={D}, H={H} do not fit: D and H must be multiples of 32, and of eight times a number of blocks that gives each "
+            "8 or 16 columns of D and at most 32 of H, whose weights fit into their shared memory (D=256, H=512 and D=768, "
+            "H=1536 do)",
+        )
+    how = f"a cluster of {-team} blocks" if team < 0 else f"{team} blocks"
+    return Verdict(True, f"CUDA C++, {how} for 16 rows, {torch.cuda.get_device_name(call.device)}")
+
+
+backends.register("recurrent_context", backends.native_implementation("recurrent_context", "cuda", _supports_cuda))
+backends.register_detail("recurrent_context", _described)

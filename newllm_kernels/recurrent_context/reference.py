@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from newllm_kernels.context_scan.reference import _edge, mark_cut
-from newllm_kernels.context_update.reference import step_backward
+from newllm_kernels.context_update.reference import row_gradients
 from newllm_kernels.layer_norm.reference import affine, grad_normalise, normalise
 from newllm_kernels.numerics import acc_dtype, in_acc
 
@@ -128,10 +128,10 @@ def recurrent_context_backward(
     activation: int,
     norm: int,
     decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backpropagation through time: (grad_pre (B, T, S), hidden (B, T, L H), grad_c0, grad_weight, grad_bias, decay).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Backpropagation through time: (grad_pre (B, T, S), hidden (B, T, L H), grad_c0 (B, D), grad_norm (B, 2, D), decay).
 
-    hidden is what the hidden layers gave; gradients of inputs and matrices are products of these, `products.gradients`.
+    grad_norm are the gradients of weight and bias, of every row of the batch its own. hidden is what the hidden layers gave; gradients of inputs and matrices are products of these, `products.gradients`.
     """
     acc, (B, T, D) = acc_dtype(pre.dtype), c.shape
     W_c, W_k, W_g, weight, bias = (
@@ -140,7 +140,7 @@ def recurrent_context_backward(
     L = _layers(W_k, W_g)
     H = 0 if W_g is None else W_g.shape[1]
     grad_pre, hidden = pre.new_empty(pre.shape), pre.new_empty((B, T, L * H))
-    grad_weight, grad_bias = c0.new_zeros(D), c0.new_zeros(D)
+    grad_norm = c0.new_zeros(B, 2, D)
     carry = c0.new_zeros(B, D) if grad_c_last is None else grad_c_last.to(acc)
     product = torch.ones_like(c0)
     edges = _edge(c.dtype, clamp)
@@ -151,8 +151,8 @@ def recurrent_context_backward(
         g = carry if grad_c is None else carry + grad_c[:, t].to(acc)
         if NORMS[norm] == "state":
             cut = None if edges is None else c[:, t].abs() >= edges[0].to(c.device)
-            df, di, dd, carry, w, b = step_backward(g, f, i, d, before, weight, bias, eps, clamp, cut)
-            grad_weight, grad_bias = grad_weight + w, grad_bias + b
+            df, di, dd, carry, *of_norm = row_gradients(g, f, i, d, before, weight, bias, eps, clamp, cut)
+            grad_norm = grad_norm + torch.stack(of_norm, dim=1)
         else:
             forget, write, delta = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)
             df, di = g * before * forget * (1 - forget), g * delta * write * (1 - write)
@@ -168,10 +168,10 @@ def recurrent_context_backward(
             xhat, _, rstd = normalise(before, eps)
             y = affine(xhat, weight, bias)
             dr = dr.masked_fill((y > clamp) | (y < -clamp), 0)
-            grad_weight, grad_bias = grad_weight + (dr * xhat).sum(0), grad_bias + dr.sum(0)
+            grad_norm = grad_norm + torch.stack((dr * xhat, dr), dim=1)
             dr = grad_normalise(dr if weight is None else dr * weight, xhat, rstd)
         carry = carry + dr
         if decay:
             u = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(d)
             product = product * _decay(f, u, weight, eps, norm)
-    return grad_pre, hidden, carry.clone(), grad_weight, grad_bias, product if decay else c0.new_empty(0)
+    return grad_pre, hidden, carry.clone(), grad_norm, product if decay else c0.new_empty(0)

@@ -20,7 +20,7 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare", "diagnose"])
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
@@ -30,7 +30,9 @@ def test_help_of_every_command(newllm, command):
 
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
-    assert all(f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "compare"))
+    assert all(
+        f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "diagnose", "compare")
+    )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
 

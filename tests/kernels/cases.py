@@ -101,7 +101,7 @@ def true_context_scan(f, i, d, c0=None, weight=None, bias=None, eps=1e-5, clamp=
 
 def true_recurrent_context(
     z, c0=None, context_weight=None, hidden_weight=None, hidden_bias=None, gate_weight=None, gate_bias=None, weight=None,
-    bias=None, eps=1e-5, clamp=10.0, *, activation="silu", norm="state",
+    bias=None, eps=1e-5, clamp=10.0, *, activation="silu", norm="state", **way,
 ):  # fmt: skip
     c0 = z.new_zeros(z.shape[0], context_weight.shape[1]) if c0 is None else c0
     return recurrent.recurrent_context(
@@ -248,6 +248,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recurrent_context": {"clamp": 1.0},
     "recurrent_context-output": {"layers": 2, "norm": "output", "activation": "tanh", "clamp": 1.5},
     "recurrent_context-plain": {"layers": 0, "norm": None, "affine": False, "clamp": None, "state": None},
+    "recurrent_context-chunks": {"chunks": 4, "tolerance": 1e-7, "passes": 3},
     "recurrent_context-deep": {"layers": 3, "activation": "relu", "affine": False},
     "layer_norm": {},
     "layer_norm-plain": {"affine": False},

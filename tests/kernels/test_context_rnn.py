@@ -220,3 +220,58 @@ def test_bad_inputs():
             rnn(x, state)
     with pytest.raises(ValueError, match=r"x: got packed data \(8, 6\)"):
         rnn(pack_sequence([torch.zeros(4, 6), torch.zeros(4, 6)]))
+
+
+# ---- solvers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["sequential", "chunked", "auto"])
+def test_solvers_agree(solver):
+    rnn = network(batch_first=True)
+    other = network(batch_first=True, solver=solver, chunks=4, tolerance=1e-13, passes=12)
+    other.load_state_dict(rnn.state_dict())
+    x = torch.randn(2, 70, E, dtype=torch.float64)
+    with nk.record_seams() as seams:
+        output, state = other(x)
+    want, end = rnn(x)
+    assert relative_error(output, want.detach()) < 1e-10
+    assert relative_error(state, end.detach()) < 1e-10
+    chunks = {"sequential": 1, "chunked": 4, "auto": 1}[
+        solver
+    ]  # products take a CPU's time, and chunks do more of them
+    assert [x.chunks for x in seams] == [chunks] * LAYERS
+
+
+def test_auto_goes_by_what_it_has_seen(monkeypatch):
+    """On a device that computes 128 rows in the time of one."""
+    from newllm_kernels.recurrent_context import solver as module
+
+    monkeypatch.setattr(module, "at_once", lambda z, D, H: 128)
+    auto = module.Solver("auto")
+    z = torch.randn(4, 1024, 3)
+
+    def call(passes, in_order=False):
+        with auto.way(z, 8, 16) as way:
+            if way["chunks"] > 1:
+                module.seams.report_known("forward", 1024 // way["chunks"], way["chunks"], passes, 0.0, in_order)
+        return way["chunks"]
+
+    assert call(3) == 32  # 5 passes of 32 steps, the least of all before any have been seen
+    assert call(3) == 32  # now known to take three
+    while (chunks := call(8, in_order=True)) > 1:  # a cell that never forgets: every number of chunks fails once
+        assert 4 * chunks <= 256
+    assert [call(8) for _ in range(3)] == [1, 1, 1]
+    for _ in range(module.FORGET_AFTER):  # training goes on, and chunks get another chance
+        if call(2) > 1:
+            break
+    else:
+        pytest.fail("never tried again")
+    monkeypatch.setattr(module, "at_once", lambda z, D, H: 4)  # the batch alone fills the device
+    assert module.Solver("auto")._choose(4, 1024, 4) == 1
+    assert module.Solver("chunked")._choose(4, 1024, 128) == 32
+    assert module.Solver("chunked", chunks=5)._choose(4, 1024, 128) == 5
+
+
+def test_unknown_solver():
+    with pytest.raises(ValueError, match="solver: got 'newton', wanted one of 'sequential', 'chunked', 'auto'"):
+        nk.ContextRNN(E, H, D, solver="newton")
