@@ -73,20 +73,18 @@ struct Cuda {
   static void launch(const GatedScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_backward(args, scratch, stream), "gated_scan_backward");
   }
-<<<<<<< HEAD
   static void launch(const RecurrentArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     STD_TORCH_CHECK(args.pre.data == nullptr, "newllm: the CUDA kernel of recurrent_context keeps no pre-activations");
     check(cuda::recurrent_forward(args, scratch, stream), "recurrent_context");
   }
   static void launch(const RecurrentBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::recurrent_backward(args, scratch, stream), "recurrent_context_backward");
-=======
+  }
   static void launch(const GatedScanNormArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_layer_norm_forward(args, scratch, stream), "gated_scan_layer_norm");
   }
   static void launch(const GatedScanNormBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_layer_norm_backward(args, scratch, stream), "gated_scan_layer_norm_backward");
->>>>>>> main
   }
   static void launch(const LayerNormArgs& args, const cuda::Scratch&, cudaStream_t stream) {
     check(cuda::layer_norm_forward(args, stream), "layer_norm");
@@ -237,13 +235,10 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cuda>));
   m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
   m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
-<<<<<<< HEAD
   m.impl("recurrent_context", TORCH_BOX(&newllm::recurrent_context<newllm::Cuda>));
   m.impl("recurrent_context_backward", TORCH_BOX(&newllm::recurrent_context_backward<newllm::Cuda>));
-=======
   m.impl("gated_scan_layer_norm", TORCH_BOX(&newllm::gated_scan_layer_norm<newllm::Cuda>));
   m.impl("gated_scan_layer_norm_backward", TORCH_BOX(&newllm::gated_scan_layer_norm_backward<newllm::Cuda>));
->>>>>>> main
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cuda>));
   m.impl("layer_norm_plain", TORCH_BOX(&newllm::layer_norm_plain<newllm::Cuda>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
@@ -258,21 +253,20 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_context_update_
   return newllm::cuda::context_update_max_width(device);
 }
 
-<<<<<<< HEAD
 extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_team(int64_t D, int64_t H, int device) {
   return newllm::cuda::recurrent_team(D, H, device);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_teams(int64_t D, int64_t H, int device) {
   return newllm::cuda::recurrent_teams(D, H, device);
-=======
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t newllm_layer_norm_max_width(int device) {
   return newllm::cuda::layer_norm_max_width(device);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_context_scan_max_width(int device) {
   return newllm::cuda::context_scan_max_width(device);
->>>>>>> main
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_memory() {

@@ -74,7 +74,6 @@ def cuda_shared_memory(operation: str) -> int:
 
 
 @functools.cache
-<<<<<<< HEAD
 def cuda_recurrent_team(D: int, H: int, device: int) -> int:
     """Blocks that compute recurrent_context's rows of these widths together; negative: as one cluster; 0: they do not fit."""
     function = _handle().newllm_recurrent_team
@@ -88,13 +87,14 @@ def cuda_recurrent_teams(D: int, H: int, device: int) -> int:
     function = _handle().newllm_recurrent_teams
     function.restype = ctypes.c_int64
     return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
-=======
+
+
+@functools.cache
 def cuda_gated_scan_layer_norm_teams(device: int, is_float: bool, backward: bool, width: int) -> int:
     """Sequences that its CUDA kernel works on at a time: one for every set of blocks of all columns that the device holds."""
     function = _handle().newllm_gated_scan_layer_norm_teams
     function.restype = ctypes.c_int64
     return function(ctypes.c_int(device), ctypes.c_bool(is_float), ctypes.c_bool(backward), ctypes.c_int64(width))
->>>>>>> main
 
 
 def build_info() -> dict[str, str]:
