@@ -84,3 +84,8 @@ def test_no_recurrence_spills_registers():
     assert {kernel[1] for kernel in aligned} == {"ScanForward", "ScanBackward", "GatedForward", "GatedBackward"}
     assert {kernel[2] for kernel in aligned} == {"f", "half", "nv_bfloat16"}
     assert [kernel for kernel in aligned if kernel[-1] > 0] == []
+    norms = [(*line[1].split(), int(line[5])) for line in lines if line[1].startswith("layer_norm_")]
+    # ... columns threads blocks ALIGNED DIRECT CLUSTER, and forward ... ROWS ALIGNED RESIDUAL CLUSTER: of 16 bits and whole vectors
+    hot = [kernel for kernel in norms if kernel[-4:-3] == ("1",) and kernel[1] in ("half", "nv_bfloat16")]
+    assert {kernel[0] for kernel in hot} == {"layer_norm_kernel", "layer_norm_backward_kernel"}
+    assert [kernel for kernel in hot if kernel[-1] > 16] == []  # a few of those for float32 parameters keep 8 bytes
