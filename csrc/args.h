@@ -26,6 +26,16 @@ struct ScanShape {
   int64_t num_sequences = 0;  // N; equals B when dense
 };
 
+// weight and bias are (D) in acc, on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
+// is +inf where nothing is clamped.
+struct NormParams {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read on CUDA
+  double eps = 1e-5;
+  double clamp_value = 0;
+};
+
 // h_t = a_t h_{t-1} + b_t. States are (N, D) contiguous in acc.
 struct ScanArgs {
   ScanShape shape;
@@ -62,14 +72,23 @@ struct GatedScanBackwardArgs {
   void* grad_c0 = nullptr;  // written, (N, D) acc
 };
 
-// weight and bias are (D) in acc, LayerNorm's on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
-// is +inf where nothing is clamped.
-struct NormParams {
-  const void* weight = nullptr;
-  const void* bias = nullptr;
-  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read by the CUDA LayerNorm
-  double eps = 1e-5;
-  double clamp_value = 0;
+// c of GatedScanArgs, and y = clamp(LayerNorm(c)). c and y are (B, T, D) contiguous.
+struct GatedScanNormArgs {
+  GatedScanArgs scan;
+  NormParams norm;
+  View3 y;
+  void* mean = nullptr;  // (B * T) acc
+  void* rstd = nullptr;  // (B * T) acc
+};
+
+struct GatedScanNormBackwardArgs {
+  GatedScanBackwardArgs scan;  // without grad_c
+  NormParams norm;
+  View3 grad_y;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  void* grad_weight = nullptr;  // written, (D) acc
+  void* grad_bias = nullptr;    // written, (D) acc
 };
 
 // c_t = clamp(LayerNorm(sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t))) over T steps; context_update is T = 1.
@@ -94,6 +113,58 @@ struct ContextBackwardArgs {
   View3 grad_c0;                 // written
   void* grad_weight = nullptr;   // written, (D) acc
   void* grad_bias = nullptr;     // written, (D) acc
+};
+
+enum class ActivationKind : int32_t { kRelu, kGelu, kSilu, kTanh };
+// Where the cell's LayerNorm stands: nowhere, in the loop, or on what the hidden layer reads of a context.
+enum class NormKind : int32_t { kNone, kState, kOutput };
+
+// The whole cell over T steps. Z is H, or 3D where there is no hidden layer; S = layers * H + 3D, what a row of `pre`
+// holds: the pre-activations of the hidden layers and the gates, [a_1 | ... | a_L | f | i | d].
+struct RecurrentShape {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, T = 0, D = 0, H = 0, layers = 0;
+  ActivationKind activation = ActivationKind::kSilu;
+  NormKind norm_kind = NormKind::kState;
+
+  int64_t Z() const { return layers > 0 ? H : 3 * D; }
+  int64_t S() const { return layers * H + 3 * D; }
+};
+
+// Contiguous, weights in dtype, biases in acc.
+struct RecurrentWeights {
+  const void* context = nullptr;      // (Z, D)
+  const void* hidden = nullptr;       // (layers - 1, H, H)
+  const void* hidden_bias = nullptr;  // (layers - 1, H), may be absent
+  const void* gates = nullptr;        // (3D, H), absent where layers is 0
+  const void* gates_bias = nullptr;   // (3D), may be absent
+};
+
+struct RecurrentArgs {
+  RecurrentShape shape;
+  RecurrentWeights weights;
+  NormParams norm;
+  View3 z;                   // (B, T, Z)
+  const void* c0 = nullptr;  // (B, D) acc
+  View3 c;                   // written
+  void* c_last = nullptr;    // written, (B, D) acc
+  View3 pre;                 // written, (B, T, S), may be absent
+  void* decay = nullptr;     // written, (B, D) acc, may be absent: the product over T of the diagonal of dc_t/dc_{t-1}
+};
+
+struct RecurrentBackwardArgs {
+  RecurrentShape shape;
+  RecurrentWeights weights;
+  NormParams norm;
+  View3 grad_c;  // may be absent
+  View3 pre, c;
+  const void* c0 = nullptr;
+  const void* grad_c_last = nullptr;
+  View3 grad_pre;             // written, (B, T, S)
+  View3 hidden;               // written, (B, T, layers * H): what the hidden layers gave
+  void* grad_c0 = nullptr;    // written, (B, D) acc
+  void* grad_norm = nullptr;  // written, (B, 2, D) acc: gradients of the norm's weight and bias, of every row its own
+  void* decay = nullptr;      // as in RecurrentArgs
 };
 
 // y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.

@@ -1,6 +1,6 @@
-// `scan`, `gated_scan` and `layer_norm` as operators, for CPU and CUDA alike: from tensors to arguments and back. A
-// Backend has run(arguments, a tensor of the call) for each kind of arguments, and says whether its LayerNorm reads
-// weight and bias in the dtype of the rows.
+// `scan`, `gated_scan`, `layer_norm` and `recurrent_context` as operators, for CPU and CUDA alike: from tensors to
+// arguments and back. A Backend has run(arguments, a tensor of the call) for each kind of arguments, and says whether
+// its LayerNorm reads weight and bias in the dtype of the rows.
 #pragma once
 
 #include <tuple>
@@ -112,6 +112,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTen
   return {grads.first, grads.second, grads.third, grad_c0};
 }
 
+// y, c, c_last, mean, rstd.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_layer_norm(
+    const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const OptionalTensor& c0_,
+    const OptionalTensor& cu_seqlens_, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+    double clamp) {
+  const Gates gates(f, i, d);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  const Norm norm(f, weight, bias, eps, clamp, Backend::kParametersAsStored);
+  GatedScanNormArgs args;
+  ScanShape& shape = args.scan.shape;
+  shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  const std::array<int64_t, 3> sizes{shape.B, shape.T, shape.D};
+  Tensor y = empty(sizes, f.scalar_type(), f), c = empty(sizes, f.scalar_type(), f);
+  Tensor c_last = empty<2>({shape.num_sequences, shape.D}, acc_type(f), f);
+  Tensor mean = empty<1>({shape.B * shape.T}, acc_type(f), f), rstd = empty<1>({shape.B * shape.T}, acc_type(f), f);
+  args.scan.f = gates.f;
+  args.scan.i = gates.i;
+  args.scan.d = gates.d;
+  args.scan.c = view(c);
+  args.scan.c0 = data_or_null(c0);
+  args.scan.c_last = c_last.data_ptr();
+  args.norm = norm.params;
+  args.y = view(y);
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  Backend::run(args, f);
+  return {y, c, c_last, mean, rstd};
+}
+
+// grad_y must be there, grad_c must not.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_layer_norm_backward(
+    const OptionalTensor& grad_y_, const OptionalTensor& grad_c, const OptionalTensor& grad_c_last_, const Tensor& f,
+    const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_, const OptionalTensor& c0_,
+    const OptionalTensor& cu_seqlens_, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+    const Tensor& rstd, double clamp) {
+  STD_TORCH_CHECK(grad_y_ && !grad_c, "newllm: gated_scan_layer_norm_backward takes a gradient of y, and none of c");
+  const Gates gates(f, i, d);
+  GateGradients grads(gates);
+  const Tensor c = with_contiguous_rows(c_), grad_y = with_contiguous_rows(*grad_y_);
+  const OptionalTensor grad_c_last = contiguous(grad_c_last_);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  const Norm norm(f, weight, bias, 0, clamp, Backend::kParametersAsStored);
+  GatedScanNormBackwardArgs args;
+  ScanShape& shape = args.scan.shape;
+  shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  Tensor grad_c0 = empty<2>({shape.num_sequences, shape.D}, acc_type(f), f);
+  Tensor grad_weight = empty<1>({shape.D}, acc_type(f), f), grad_bias = empty<1>({shape.D}, acc_type(f), f);
+  args.scan.f = gates.f;
+  args.scan.i = gates.i;
+  args.scan.d = gates.d;
+  args.scan.c = view(c);
+  args.scan.grad_f = grads.f;
+  args.scan.grad_i = grads.i;
+  args.scan.grad_d = grads.d;
+  args.scan.grad_c_last = data_or_null(grad_c_last);
+  args.scan.c0 = data_or_null(c0);
+  args.scan.grad_c0 = grad_c0.data_ptr();
+  args.norm = norm.params;
+  args.grad_y = view(grad_y);
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  Backend::run(args, f);
+  return {grads.first, grads.second, grads.third, grad_c0, grad_weight, grad_bias};
+}
+
 // x, residual: (..., D). Without a `backward` to come, y itself stands for what nobody wants, statistics and (without a
 // residual) sum: an allocation costs more of the host's time than a small kernel takes.
 template <class Backend>
@@ -194,6 +263,100 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& gra
   Backend::run(args, x_);
   if (written) return {grad_x, grad_weight, grad_bias};
   return {grad_x, torch::stable::to(grad_weight, wanted), torch::stable::to(grad_bias, wanted)};
+}
+
+// What the recurrent kernels read of their weights, kept alive while they run.
+struct Recurrent {
+  Tensor context;
+  OptionalTensor hidden, hidden_bias, gates, gates_bias;
+  Norm norm;
+  RecurrentShape shape;
+  RecurrentWeights weights;
+
+  Recurrent(const Tensor& rows, const Tensor& context_, const OptionalTensor& hidden_,
+            const OptionalTensor& hidden_bias_, const OptionalTensor& gates_, const OptionalTensor& gates_bias_,
+            const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+            int64_t norm_kind)
+      : context(*contiguous(OptionalTensor(context_))),
+        hidden(contiguous(hidden_)),
+        hidden_bias(parameter(hidden_bias_, rows, false)),
+        gates(contiguous(gates_)),
+        gates_bias(parameter(gates_bias_, rows, false)),
+        norm(rows, weight, bias, eps, clamp) {
+    shape.dtype = dtype_of(rows);
+    shape.B = rows.size(0);
+    shape.T = rows.size(1);
+    shape.D = context.size(1);
+    shape.H = gates ? gates->size(1) : 0;
+    shape.layers = (gates ? 1 : 0) + (hidden ? hidden->size(0) : 0);
+    shape.activation = static_cast<ActivationKind>(activation);
+    shape.norm_kind = static_cast<NormKind>(norm_kind);
+    weights = {context.data_ptr(), data_or_null(hidden), data_or_null(hidden_bias), data_or_null(gates),
+               data_or_null(gates_bias)};
+  }
+};
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_context(
+    const Tensor& z_, const Tensor& c0_, const Tensor& context, const OptionalTensor& hidden,
+    const OptionalTensor& hidden_bias, const OptionalTensor& gates, const OptionalTensor& gates_bias,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+    int64_t norm_kind, bool save, bool with_decay) {
+  const Tensor z = with_contiguous_rows(z_), c0 = *contiguous(OptionalTensor(c0_));
+  const Recurrent cell(z, context, hidden, hidden_bias, gates, gates_bias, weight, bias, eps, clamp, activation,
+                       norm_kind);
+  const int64_t B = cell.shape.B, T = cell.shape.T, D = cell.shape.D;
+  Tensor c = empty<3>({B, T, D}, z.scalar_type(), z), c_last = empty<2>({B, D}, acc_type(z), z);
+  Tensor pre = save ? empty<3>({B, T, cell.shape.S()}, z.scalar_type(), z) : empty<1>({0}, z.scalar_type(), z);
+  Tensor decay = with_decay ? empty<2>({B, D}, acc_type(z), z) : empty<1>({0}, acc_type(z), z);
+  RecurrentArgs args;
+  args.shape = cell.shape;
+  args.weights = cell.weights;
+  args.norm = cell.norm.params;
+  args.z = view(z);
+  args.c0 = c0.data_ptr();
+  args.c = view(c);
+  args.c_last = c_last.data_ptr();
+  if (save) args.pre = view(pre);
+  if (with_decay) args.decay = decay.data_ptr();
+  Backend::run(args, z);
+  return {c, c_last, pre, decay};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_backward(
+    const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& pre_, const Tensor& c_,
+    const Tensor& c0_, const Tensor& context, const OptionalTensor& hidden, const OptionalTensor& gates,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+    int64_t norm_kind, bool with_decay) {
+  const Tensor pre = with_contiguous_rows(pre_), c = with_contiguous_rows(c_);
+  const OptionalTensor grad_c = with_contiguous_rows(grad_c_), grad_c_last = contiguous(grad_c_last_);
+  const Tensor c0 = *contiguous(OptionalTensor(c0_));
+  const Recurrent cell(pre, context, hidden, std::nullopt, gates, std::nullopt, weight, bias, eps, clamp, activation,
+                       norm_kind);
+  const RecurrentShape& shape = cell.shape;
+  const int64_t B = shape.B, T = shape.T, D = shape.D;
+  Tensor grad_pre = empty<3>({B, T, shape.S()}, pre.scalar_type(), pre);
+  Tensor hidden_rows = empty<3>({B, T, shape.layers * shape.H}, pre.scalar_type(), pre);
+  Tensor grad_c0 = empty<2>({B, D}, acc_type(pre), pre);
+  Tensor grad_norm = empty<3>({B, 2, D}, acc_type(pre), pre);
+  Tensor decay = with_decay ? empty<2>({B, D}, acc_type(pre), pre) : empty<1>({0}, acc_type(pre), pre);
+  RecurrentBackwardArgs args;
+  args.shape = shape;
+  args.weights = cell.weights;
+  args.norm = cell.norm.params;
+  args.grad_c = view(grad_c);
+  args.pre = view(pre);
+  args.c = view(c);
+  args.c0 = c0.data_ptr();
+  args.grad_c_last = data_or_null(grad_c_last);
+  args.grad_pre = view(grad_pre);
+  args.hidden = view(hidden_rows);
+  args.grad_c0 = grad_c0.data_ptr();
+  args.grad_norm = grad_norm.data_ptr();
+  if (with_decay) args.decay = decay.data_ptr();
+  Backend::run(args, pre);
+  return {grad_pre, hidden_rows, grad_c0, grad_norm, decay};
 }
 
 }  // namespace newllm

@@ -22,6 +22,8 @@ struct Cpu {
   static void run(const ScanBackwardArgs& args, const Tensor&) { cpu::scan_backward(args); }
   static void run(const GatedScanArgs& args, const Tensor&) { cpu::gated_scan_forward(args); }
   static void run(const GatedScanBackwardArgs& args, const Tensor&) { cpu::gated_scan_backward(args); }
+  static void run(const RecurrentArgs& args, const Tensor&) { cpu::recurrent_forward(args); }
+  static void run(const RecurrentBackwardArgs& args, const Tensor&) { cpu::recurrent_backward(args); }
   static void run(const LayerNormArgs& args, const Tensor&) { cpu::layer_norm_forward(args); }
   static void run(const LayerNormBackwardArgs& args, const Tensor&) { cpu::layer_norm_backward(args); }
 };
@@ -127,6 +129,8 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CPU, m) {
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
   m.impl("context_scan", TORCH_BOX(&newllm::context_scan));
   m.impl("context_scan_backward", TORCH_BOX(&newllm::context_backward));
+  m.impl("recurrent_context", TORCH_BOX(&newllm::recurrent_context<newllm::Cpu>));
+  m.impl("recurrent_context_backward", TORCH_BOX(&newllm::recurrent_context_backward<newllm::Cpu>));
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cpu>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cpu>));
 }

@@ -44,6 +44,32 @@ def compare_plot(rows: list[dict[str, Any]], metrics: dict[str, list[dict[str, A
     _save(figure, path)
 
 
+def diagnosis_plot(cells: list[dict[str, Any]], path: Path, title: str) -> None:
+    """What `newllm diagnose` found, a row of panels for every cell (newllm.diagnosis.Diagnosis as a dict)."""
+    figure = _figure(14, 3.2 * len(cells))
+    for cell, row in zip(cells, figure.subplots(len(cells), 4, squeeze=False), strict=True):
+        trace, spectrum, passes, gates = row
+        trace.semilogy(range(1, len(cell["trace"]) + 1), [max(value, 1e-16) for value in cell["trace"]])
+        trace.set(title=f"{cell['layer']}: trace of another start", xlabel="step", ylabel="relative distance")
+        spectrum.semilogy([max(value, 1e-16) for value in cell["variances"]])
+        spectrum.set(
+            title=f"variance of contexts, rank {cell['effective_rank']:.1f}", xlabel="component", ylabel="share"
+        )
+        for T in sorted({one["T"] for one in cell["passes"]}):
+            points = [(one["chunk"], one["passes"]) for one in cell["passes"] if one["T"] == T]
+            passes.plot(*zip(*points, strict=True), "o-", label=f"T={T}")
+        passes.set(title="passes until chunks meet", xlabel="steps of a chunk", ylabel="passes")
+        passes.set_xscale("log", base=2)
+        passes.legend()
+        for place, values in enumerate(cell["gates"].values()):
+            gates.plot([place, place], [values["10%"], values["90%"]], color="C0", linewidth=6, alpha=0.4)
+            gates.plot(place, values["50%"], "o", color="C0")
+        gates.set_xticks(range(len(cell["gates"])), list(cell["gates"]))
+        gates.set(title="gates: 10%, 50%, 90%", ylim=(0, 1))
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # takes a second to import, and no window: the Agg canvas is its default
 

@@ -16,7 +16,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     width: int  # D
     small: bool = False  # of no more than SMALL elements
+    detail: Hashable = None  # what else an operation's implementations ask for, as `register_detail` says
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Implementation:
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
+_details: dict[str, Callable[..., tuple[Tensor, int, Hashable]]] = {}
 _cache: dict[tuple[Any, ...], Implementation] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -103,14 +105,19 @@ def register(operation: str, implementation: Implementation) -> None:
     _cache.clear()
 
 
+def register_detail(operation: str, describe: Callable[..., tuple[Tensor, int, Hashable]]) -> None:
+    """For `explain`: describe(arguments of the public function) -> what the operation gives `select`."""
+    _details[operation] = describe
+
+
 def operations() -> tuple[str, ...]:
     """Names of all operations."""
     return tuple(_registry)
 
 
-def select(operation: str, like: Tensor, width: int) -> Implementation:
+def select(operation: str, like: Tensor, width: int, detail: Hashable = None) -> Implementation:
     """The implementation that serves this call; `like` is the tensor whose device and dtype decide."""
-    key = (operation, _chosen, like.device, like.dtype, width, like.numel() <= SMALL)
+    key = (operation, _chosen, like.device, like.dtype, width, like.numel() <= SMALL, detail)
     found = _cache.get(key)
     if found is None:
         if len(_cache) > 4096:  # widths are few in practice; a process that sees thousands must not grow without end
@@ -170,8 +177,10 @@ def explain(operation: str, *args: Any, **kwargs: Any) -> str:
     tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if tensor is None:
         raise TypeError("explain: wanted the arguments of the call, at least one tensor among them")
-    width = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1]
-    call = Call(tensor.device, tensor.dtype, width, tensor.numel() <= SMALL)
+    width, detail = tensor.shape[-1] // 3 if operation.endswith("_packed") else tensor.shape[-1], None
+    if name in _details:
+        tensor, width, detail = _details[name](*args, **kwargs)
+    call = Call(tensor.device, tensor.dtype, width, tensor.numel() <= SMALL, detail)
     answers = verdicts(name, call)
     taken = _best(name, call, answers) if _chosen == "auto" else _chosen if answers[_chosen].ok else None
     lines = [f"{operation} of {call.dtype} on {call.device}, width {call.width} (choice: {_chosen})"]
@@ -288,7 +297,7 @@ def native_implementation(
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
-        forward, backward = _native_operator(operation), _native_operator(f"{operation}_backward")
+        forward, backward = native_operator(operation), native_operator(f"{operation}_backward")
     else:
 
         def forward(*args: Any) -> Any:
@@ -299,7 +308,7 @@ def native_implementation(
     return Implementation(backend, forward, backward, supports, rank, without)
 
 
-def _native_operator(name: str) -> Callable[..., Any]:
+def native_operator(name: str) -> Callable[..., Any]:
     """newllm_native::<name>, as what its OpOverload calls: a frame of Python less."""
     overload = getattr(torch.ops.newllm_native, name).default
     return getattr(overload, "_op", overload)

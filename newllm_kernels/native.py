@@ -50,9 +50,9 @@ def has_cuda_kernels() -> bool:
 
 
 @functools.cache
-def cuda_context_update_max_width(device: int) -> int:
-    """Widest D that context_update's CUDA kernel takes on this device."""
-    function = _handle().newllm_context_update_max_width
+def cuda_max_width(operation: str, device: int) -> int:
+    """Widest D that the CUDA kernels of "context_update" or "context_scan" take on this device."""
+    function = getattr(_handle(), f"newllm_{operation}_max_width")
     function.restype = ctypes.c_int64
     return function(ctypes.c_int(device))
 
@@ -71,6 +71,30 @@ def cuda_shared_memory(operation: str) -> int:
     function = getattr(_handle(), f"newllm_{operation}_shared_memory")
     function.restype = ctypes.c_int64
     return function()
+
+
+@functools.cache
+def cuda_recurrent_team(D: int, H: int, device: int) -> int:
+    """Blocks that compute recurrent_context's rows of these widths together; negative: as one cluster; 0: they do not fit."""
+    function = _handle().newllm_recurrent_team
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
+
+
+@functools.cache
+def cuda_recurrent_teams(D: int, H: int, device: int) -> int:
+    """How many groups of 16 rows recurrent_context computes at once there."""
+    function = _handle().newllm_recurrent_teams
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
+
+
+@functools.cache
+def cuda_gated_scan_layer_norm_teams(device: int, is_float: bool, backward: bool, width: int) -> int:
+    """Sequences that its CUDA kernel works on at a time: one for every set of blocks of all columns that the device holds."""
+    function = _handle().newllm_gated_scan_layer_norm_teams
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int(device), ctypes.c_bool(is_float), ctypes.c_bool(backward), ctypes.c_int64(width))
 
 
 def build_info() -> dict[str, str]:

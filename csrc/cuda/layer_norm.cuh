@@ -16,12 +16,6 @@ namespace newllm::cuda {
 
 constexpr int kMostPieces = 8, kWidest = 8192;  // blocks of a cluster; columns of one
 
-// weight or bias: float32, or of the dtype of the rows.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float = true;
-};
-
 // LANES and WARPS of a row, COLUMNS of a thread, THREADS of a block, and as many blocks of a multiprocessor as
 // registers are to be kept few enough for.
 template <int LANES, int WARPS, int COLUMNS, int THREADS, int BLOCKS>

@@ -1,4 +1,4 @@
-"""How `context_scan` went through time: its passes over chunks, and what they left at the seams between them."""
+"""How `context_scan` and `recurrent_context` went through time: its passes over chunks, and what they left at the seams between them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Seams:
     """1: all steps in order of time, without a seam."""
     _change: Tensor | None = field(default=None)  # (passes, B, chunks), see `_look`
     _tolerance: float = 0.0  # squared, as the kernels take it
+    _known: tuple[int, float, bool] = (1, 0.0, False)  # passes, mismatch, in_order where no kernel left a change
 
     @property
     def passes(self) -> int:
@@ -49,7 +50,7 @@ class Seams:
     @functools.cached_property
     def _found(self) -> tuple[int, float, bool]:
         if self._change is None:
-            return 1, 0.0, False
+            return self._known
         if self._change.is_cuda:
             torch.cuda.synchronize(self._change.device)  # the call may have run on another stream
         return _look(self._change.cpu(), self._tolerance)
@@ -75,7 +76,7 @@ def _look(change: Tensor, tolerance: float) -> tuple[int, float, bool]:
 
 @contextmanager
 def record_seams() -> Iterator[list[Seams]]:
-    """Gather how every `context_scan` inside the block goes through time, forward and backward, in order of the calls.
+    """Gather how every `context_scan` and `recurrent_context` inside the block goes through time, forward and backward, in order of the calls.
 
     Yields a list of one record a call, on whatever backend, with
         direction   "forward" or "backward"
@@ -111,6 +112,15 @@ def report(direction: str, steps: int, chunks: int = 1, change: Tensor | None = 
     """Tell whoever records. `change` may be filled later, by kernels still to be launched."""
     # Of a graph that is being captured nothing has run yet, and a replay overwrites what an earlier one left.
     if _open and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        record = Seams(direction, steps, chunks, change, tolerance)
-        for seams in _open:
-            seams.append(record)
+        _tell(Seams(direction, steps, chunks, change, tolerance))
+
+
+def report_known(direction: str, steps: int, chunks: int, passes: int, mismatch: float, in_order: bool) -> None:
+    """Tell whoever records, where the host has led the passes and knows already."""
+    if _open:
+        _tell(Seams(direction, steps, chunks, _known=(passes, mismatch, in_order)))
+
+
+def _tell(record: Seams) -> None:
+    for seams in _open:
+        seams.append(record)

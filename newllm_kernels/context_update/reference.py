@@ -8,6 +8,8 @@ f, i, d, c (B, D)   weight, bias (D,)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def step(
     return affine(xhat, weight, bias).clamp(-clamp, clamp)
 
 
-def step_backward(
+def row_gradients(
     grad: Tensor,
     f: Tensor,
     i: Tensor,
@@ -39,7 +41,8 @@ def step_backward(
     clamp: float,
     cut: Tensor | None = None,
 ) -> ContextGradients:
-    """Its chain rule, written out: gradients of f, i, d, c, weight and bias; everything in the accumulation type.
+    """Its chain rule, written out: gradients of f, i, d, c and, of every row its own, of weight and bias; everything in the
+    accumulation type.
 
     `cut` says which components the clamp cut, where somebody knows better than this computation can.
     """
@@ -53,9 +56,15 @@ def step_backward(
         du * delta * write * (1 - write),
         du * write * (1 - delta * delta),
         du * forget,
-        (dy * xhat).sum(dim=0),
-        dy.sum(dim=0),
+        dy * xhat,
+        dy,
     )
+
+
+def step_backward(*args: Any, **kwargs: Any) -> ContextGradients:
+    """As `row_gradients`, with those of weight and bias added up."""
+    *of_rows, grad_weight, grad_bias = row_gradients(*args, **kwargs)
+    return *of_rows, grad_weight.sum(dim=0), grad_bias.sum(dim=0)
 
 
 def context_update(

@@ -20,17 +20,19 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare", "diagnose"])
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: newllm {command}")
-    assert "--device" in out
+    assert ("--device" in out) == (command != "prepare")
 
 
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
-    assert all(f"\n    {command} " in out for command in ("train", "eval", "generate", "compare"))
+    assert all(
+        f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "diagnose", "compare")
+    )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
 
@@ -69,6 +71,17 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(newllm, text):
         ["--hops", 2, "--fnn-layers", 1, "--hidden-dim", 12, "--activation", "relu"],
         ["--coupling", "full", "--norm", "state", "--no-tie-embeddings"],
         ["--norm", "none", "--grad-accum", 2, "--precision", "bfloat16"],
+        [
+            "--softmaxes",
+            2,
+            "--locked-dropout",
+            "--random-segments",
+            "--optimizer",
+            "sgd",
+            "--average",
+            1,
+            "--no-cuda-graph",
+        ],
     ],
     ids=str,
 )
@@ -148,6 +161,45 @@ def test_eval_of_splits_and_of_another_text(newllm, trained, tmp_path):
     (name, score), = scores("--data", str(other)).items()  # fmt: skip
     assert name == "all"
     assert score["perplexity"] > 2 * splits["train"]["perplexity"]
+
+
+def test_a_prepared_text_trains_and_scores_as_the_text_itself(newllm, text, trained):
+    code, out, _ = newllm("prepare", "--data", text, "--vocab-size", 280, "--out", "ready")
+    assert code == 0
+    assert "newllm train --data ready" in out
+    options = [option for option in TINY if option not in ("--vocab-size", "280")]
+    assert newllm("train", "--data", "ready", *options, "--run", "again").code == 0
+    got, want = (checkpoint.load(find_run(name).last_file)[0] for name in ("again", "first"))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads(newllm("eval", "first", "--data", "ready", "--json", "--split", "valid").out)[
+        "splits"
+    ].keys() == {"valid"}
+    assert newllm("train", "--resume", "again", "--steps", 21).code == 0
+    code, _, err = newllm("prepare", "--data", text, "--out", "ready")
+    assert code == 2
+    assert "not an empty folder" in err
+
+
+def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures(newllm, trained):
+    options = ["--split", "valid", "--by-position", "--dynamic", "--dynamic-lr", 0.003, "--threads", 1]
+    row = json.loads(newllm("eval", "--json", *options).out)["splits"]["valid"]
+    plain = json.loads(newllm("eval", "--json", "--split", "valid", "--threads", 1).out)["splits"]["valid"]
+    assert {name: row[name] for name in plain} == plain
+    assert sum(place["tokens"] for place in row["by_position"]) == row["tokens"]
+    assert row["dynamic"]["tokens"] == row["tokens"]
+    assert row["dynamic"]["perplexity"] != row["perplexity"]
+    assert (row["dynamic"]["lr"], row["dynamic"]["decay"], row["dynamic"]["segment"]) == (0.003, 0.001, 32)
+    out = newllm("eval", *options).out
+    assert f"{row['dynamic']['perplexity']:,.2f}" in out
+    assert "by place in the document" in out
+
+
+def test_minutes_stop_a_run_that_resumes(newllm, text):
+    code, out, _ = newllm("train", "--data", text, *TINY, "--run", "slice", "--max-minutes", 1e-9)
+    assert code == 0
+    assert "stopped at step 0 of 20" in out
+    assert newllm("train", "--resume", "slice", "--max-minutes", 5).code == 0
+    assert Run(find_run("slice").path).metrics()[-1]["step"] == 20
 
 
 def test_generate_with_a_seed_is_reproducible(newllm, trained):

@@ -50,7 +50,8 @@ def test_the_library_is_tied_to_no_python():
 
 
 def test_every_operation_has_its_compiled_kernels():
-    for operation in set(nk.operations()) - {"gated_scan_layer_norm"}:  # made of two others
+    # What recurrent_context has are the loops in the middle of what its operators do.
+    for operation in set(nk.operations()) - {"recurrent_context"}:
         for suffix in ("", "_backward"):
             schema = getattr(torch.ops.newllm_native, operation + suffix).default._schema
             ours = getattr(torch.ops.newllm, operation + suffix).default._schema
@@ -60,6 +61,8 @@ def test_every_operation_has_its_compiled_kernels():
                 operation + suffix == "context_scan_backward"  # its c is absent where the step alone is differentiated
             )
             assert [str(r.type) for r in schema.returns] == [str(r.type) for r in ours.returns]
+    for name, results in (("recurrent_context", 4), ("recurrent_context_backward", 5)):
+        assert len(getattr(torch.ops.newllm_native, name).default._schema.returns) == results
 
 
 def test_a_missing_c_module_says_how_to_build_it(monkeypatch):
@@ -84,6 +87,12 @@ def test_no_recurrence_spills_registers():
     assert {kernel[1] for kernel in aligned} == {"ScanForward", "ScanBackward", "GatedForward", "GatedBackward"}
     assert {kernel[2] for kernel in aligned} == {"f", "half", "nv_bfloat16"}
     assert [kernel for kernel in aligned if kernel[-1] > 0] == []
+    of_cell = [line for line in lines if line[1].startswith(("recurrent_forward", "recurrent_backward"))]
+    assert len({line[1] for line in of_cell}) >= 8  # two directions, two dtypes, clusters and larger teams
+    assert [line for line in of_cell if int(line[5]) > 0] == []
+    fused = {line[1]: int(line[5]) for line in lines if line[1].startswith("scan_norm_")}
+    assert {name.split()[0] for name in fused} == {"scan_norm_forward_kernel", "scan_norm_backward_kernel"}
+    assert [name for name, stack in fused.items() if stack > 0] == []
     norms = [(*line[1].split(), int(line[5])) for line in lines if line[1].startswith("layer_norm_")]
     # ... columns threads blocks ALIGNED DIRECT CLUSTER, and forward ... ROWS ALIGNED RESIDUAL CLUSTER: of 16 bits and whole vectors
     hot = [kernel for kernel in norms if kernel[-4:-3] == ("1",) and kernel[1] in ("half", "nv_bfloat16")]
