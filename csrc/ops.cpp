@@ -67,6 +67,6 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "layer_norm_plain(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor "
       "sum)");
   m.def(
-      "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+      "bool as_weight=False) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
