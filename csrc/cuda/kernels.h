@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../args.h"
+#include "../decode_args.h"
 
 namespace newllm::cuda {
 
@@ -37,5 +38,14 @@ int64_t context_update_blocks(int64_t rows);
 
 // Widest D whose row fits into the shared memory of one block of this device (forward and backward).
 int64_t context_update_max_width(int device);
+
+// Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are two numbers there that
+// begin as 0; `widest` is the largest K. All layers have the same B.
+cudaError_t decode_linear(const DecodeLinear& layer, DType dtype, cudaStream_t stream);
+cudaError_t decode_program(const DecodeLinear* program, int32_t layers, unsigned long long* counters, int32_t B,
+                           int64_t widest, DType dtype, cudaStream_t stream);
+
+// Shared memory that a block needs at least, in bytes.
+int64_t decode_shared_memory(int64_t layers, int64_t B, int64_t widest, int64_t element_size);
 
 }  // namespace newllm::cuda
