@@ -8,10 +8,11 @@ namespace newllm {
 enum class DecodeEpilogue : int32_t { kLinear, kGated, kContext };
 enum class DecodeActivation : int32_t { kNone, kRelu, kGelu, kSilu, kTanh };
 
-// How the numbers of an activation are stored: as float32, in the dtype of the weights (tables only), or as words,
-// which only the layers of one program hand to each other: 64 bits each, a float32 below a mark of the launch and layer
-// that wrote it. Who reads a word knows by that whether it is there yet. Rows of words are padded to multiples of 4.
-enum class DecodeStorage : int32_t { kFloat, kWeight, kWords };
+// How the numbers of an activation are stored. kFloat: float32. kWeight: the dtype of the weights (tables only). The
+// others are words of 64 bits that only the layers of one program hand to each other: below a mark of the launch and
+// layer that wrote it, one float32 (kWords) or two neighbours in a 16-bit dtype of the weights (kPairs). Who reads a
+// word knows by its mark whether it is there yet. Rows are padded to multiples of 4 numbers.
+enum class DecodeStorage : int32_t { kFloat, kWeight, kWords, kPairs };
 
 struct DecodeTensor {
   void* data = nullptr;  // nullptr: absent
@@ -37,6 +38,7 @@ struct DecodeLinear {
   DecodeTensor residual;            // (B, N), or with `residual_is_table` a table (V, N) of which row tokens[b] is it
   DecodeTensor y;                   // (B, N)
   DecodeTensor context;             // (B, N)
+  float* kept = nullptr;            // (B, N): y once more, for a later residual
   const int64_t* tokens = nullptr;  // (B)
   const void* norm = nullptr;  // LayerNorm's parameters in the dtype of W: four weights, four biases, ...; zeros past K
   float* x_out = nullptr;      // (B, K): where LayerNorm and clamp of x are kept

@@ -40,13 +40,14 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
   // decode_linear one at once. Written are y, context, x_out and state_out. `counters` (2) int64 begin as 0.
   m.def(
       "decode_layer(Tensor x, Tensor? tokens, Tensor? factor, Tensor? addend, Tensor? residual, Tensor? y, Tensor? "
-      "context, "
-      "Tensor? norm, Tensor? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor? state_out, float eps, "
+      "context, Tensor? kept, Tensor? norm, Tensor? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor? "
+      "state_out, float eps, "
       "float clamp, int flags, int[] sources, int epilogue, int activation) -> Tensor");
   m.def(
       "decode_linear(Tensor x, Tensor? tokens, Tensor? factor, Tensor? addend, Tensor? residual, Tensor(a!)? y, "
       "Tensor(b!)? context, "
-      "Tensor? norm, Tensor(c!)? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor(d!)? state_out, "
+      "Tensor? kept, Tensor? norm, Tensor(c!)? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor(d!)? "
+      "state_out, "
       "float eps, "
       "float clamp, int flags, int[] sources, int epilogue, int activation) -> ()");
   m.def("decode_run(Tensor program, Tensor(a!) counters, Tensor weight, int B, int widest) -> ()");

@@ -133,12 +133,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_update_backwa
 }
 
 // An activation, and the layer that writes it where it is of words.
-DecodeTensor decode_tensor(const OptionalTensor& tensor, int64_t from) {
+DecodeTensor decode_tensor(const OptionalTensor& tensor, int64_t from, bool pairs) {
   DecodeTensor made;
   if (!tensor) return made;
   made.data = tensor->data_ptr();
   made.from = int32_t(from);
-  made.storage = tensor->scalar_type() == ScalarType::Long    ? DecodeStorage::kWords
+  made.storage = tensor->scalar_type() == ScalarType::Long    ? (pairs ? DecodeStorage::kPairs : DecodeStorage::kWords)
                  : tensor->scalar_type() == ScalarType::Float ? DecodeStorage::kFloat
                                                               : DecodeStorage::kWeight;
   return made;
@@ -146,10 +146,10 @@ DecodeTensor decode_tensor(const OptionalTensor& tensor, int64_t from) {
 
 // What the decode operators take, as the kernel's descriptor; Python has checked shapes, dtypes and contiguity.
 // `sources`: which layers write x, factor, addend and residual. `flags`: 1 normalize, 2 x is a table, 4 residual is
-// one, 8 barrier.
+// one, 8 barrier; 16, 32, 64, 128: x, factor, y, context are of pairs, not words.
 struct DecodeInputs {
   const Tensor& x;
-  const OptionalTensor &tokens, &factor, &addend, &residual, &y, &context, &norm, &x_out;
+  const OptionalTensor &tokens, &factor, &addend, &residual, &y, &context, &kept, &norm, &x_out;
   const std::vector<Tensor>& weights;
   const std::vector<OptionalTensor>& biases;
   const OptionalTensor &state, &state_out;
@@ -163,14 +163,15 @@ struct DecodeInputs {
                         sources.size() == 4,
                     "newllm: a number of weights that Python should have refused");
     DecodeLinear layer;
-    layer.x = decode_tensor(x, sources[0]);
-    layer.factor = decode_tensor(factor, sources[1]);
-    layer.addend = decode_tensor(addend, sources[2]);
-    layer.residual = decode_tensor(residual, sources[3]);
-    layer.y = decode_tensor(y, 0);
-    layer.context = decode_tensor(context, 0);
+    layer.x = decode_tensor(x, sources[0], flags & 16);
+    layer.factor = decode_tensor(factor, sources[1], flags & 32);
+    layer.addend = decode_tensor(addend, sources[2], false);
+    layer.residual = decode_tensor(residual, sources[3], false);
+    layer.y = decode_tensor(y, 0, flags & 64);
+    layer.context = decode_tensor(context, 0, flags & 128);
     layer.tokens = static_cast<const int64_t*>(data_or_null(tokens));
-    layer.norm = static_cast<const float*>(data_or_null(norm));
+    layer.kept = static_cast<float*>(data_or_null(kept));
+    layer.norm = data_or_null(norm);
     layer.x_out = static_cast<float*>(data_or_null(x_out));
     layer.parts = int32_t(weights.size());
     for (size_t part = 0; part < weights.size(); ++part) {
@@ -197,13 +198,14 @@ struct DecodeInputs {
 
 Tensor decode_layer(const Tensor& x, const OptionalTensor& tokens, const OptionalTensor& factor,
                     const OptionalTensor& addend, const OptionalTensor& residual, const OptionalTensor& y,
-                    const OptionalTensor& context, const OptionalTensor& norm, const OptionalTensor& x_out,
-                    std::vector<Tensor> weights, std::vector<OptionalTensor> biases, const OptionalTensor& state,
-                    const OptionalTensor& state_out, double eps, double clamp, int64_t flags,
-                    std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
+                    const OptionalTensor& context, const OptionalTensor& kept, const OptionalTensor& norm,
+                    const OptionalTensor& x_out, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                    const OptionalTensor& state, const OptionalTensor& state_out, double eps, double clamp,
+                    int64_t flags, std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const DecodeInputs inputs{x,      tokens, factor,    addend, residual, y,     context, norm,     x_out,     weights,
-                            biases, state,  state_out, eps,    clamp,    flags, sources, epilogue, activation};
+  const DecodeInputs inputs{x,    tokens, factor, addend,  residual, y,         context,
+                            kept, norm,   x_out,  weights, biases,   state,     state_out,
+                            eps,  clamp,  flags,  sources, epilogue, activation};
   const DecodeLinear layer = inputs.descriptor();
   Tensor bytes = empty<1>({sizeof(DecodeLinear) / 8}, ScalarType::Long, x);
   check(cudaMemcpyAsync(bytes.data_ptr(), &layer, sizeof(layer), cudaMemcpyHostToDevice,
@@ -214,13 +216,14 @@ Tensor decode_layer(const Tensor& x, const OptionalTensor& tokens, const Optiona
 
 void decode_linear(const Tensor& x, const OptionalTensor& tokens, const OptionalTensor& factor,
                    const OptionalTensor& addend, const OptionalTensor& residual, const OptionalTensor& y,
-                   const OptionalTensor& context, const OptionalTensor& norm, const OptionalTensor& x_out,
-                   std::vector<Tensor> weights, std::vector<OptionalTensor> biases, const OptionalTensor& state,
-                   const OptionalTensor& state_out, double eps, double clamp, int64_t flags,
-                   std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
+                   const OptionalTensor& context, const OptionalTensor& kept, const OptionalTensor& norm,
+                   const OptionalTensor& x_out, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                   const OptionalTensor& state, const OptionalTensor& state_out, double eps, double clamp,
+                   int64_t flags, std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const DecodeInputs inputs{x,      tokens, factor,    addend, residual, y,     context, norm,     x_out,     weights,
-                            biases, state,  state_out, eps,    clamp,    flags, sources, epilogue, activation};
+  const DecodeInputs inputs{x,    tokens, factor, addend,  residual, y,         context,
+                            kept, norm,   x_out,  weights, biases,   state,     state_out,
+                            eps,  clamp,  flags,  sources, epilogue, activation};
   check(cuda::decode_linear(inputs.descriptor(), dtype_of(weights[0]), current_stream(x.get_device_index())),
         "decode_linear");
 }

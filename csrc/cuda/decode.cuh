@@ -35,17 +35,16 @@ struct DecodeLaunch {
   int32_t count;
   int32_t x_bytes;               // shared memory of x
   int32_t slots;                 // of each line\'s ring
-  unsigned long long* counters;  // [0] blocks of launches, [1] of barriers; nullptr for one layer
+  unsigned long long* counters;  // blocks of launches, of barriers, then of each layer; nullptr for one layer
 };
 
-// The layers into shared memory, and what of them belongs to this block. Returns the mark of this launch's first layer.
-__device__ __forceinline__ uint32_t load_layers(const DecodeLaunch& launch, const DecodeLinear& single,
-                                                DecodeLinear* layers) {
-  __shared__ uint32_t first_mark;
-  if (threadIdx.x == 0 && launch.counters) {
+// The layers into shared memory, and what of them belongs to this block. Returns how many launches there were before.
+__device__ __forceinline__ unsigned long long load_layers(const DecodeLaunch& launch, const DecodeLinear& single,
+                                                          DecodeLinear* layers) {
+  __shared__ unsigned long long launches;
+  if (threadIdx.x == 0) {
     // Launches follow one another, so all blocks of one find the same multiple.
-    const unsigned long long number = atomicAdd(launch.counters, 1ULL) / gridDim.x;
-    first_mark = uint32_t(number * launch.count) + 1;
+    launches = launch.counters ? atomicAdd(launch.counters, 1ULL) / gridDim.x : 0;
   }
   const int64_t* from = reinterpret_cast<const int64_t*>(launch.program ? launch.program : &single);
   for (int k = threadIdx.x; k < launch.count * int(sizeof(DecodeLinear) / 8); k += kDecodeAllThreads) {
@@ -59,11 +58,11 @@ __device__ __forceinline__ uint32_t load_layers(const DecodeLaunch& launch, cons
     layers[n].last_unit = int(units * (blockIdx.x + 1) / gridDim.x);
   }
   __syncthreads();
-  return first_mark;
+  return launches;
 }
 
 // Shared memory: layers | rings (line, slot, warp, chunk, lane) | x | two buffers of sums | barriers.
-template <class W, int kRows, int kOnTheirWay>
+template <class W, int kRows>
 __global__ void __launch_bounds__(kDecodeAllThreads, 1)
     decode_kernel(const __grid_constant__ DecodeLaunch launch, const __grid_constant__ DecodeLinear single) {
   extern __shared__ __align__(128) char shared[];
@@ -78,11 +77,12 @@ __global__ void __launch_bounds__(kDecodeAllThreads, 1)
     barrier_init(barriers + k, 32);
     barrier_init(barriers + kLines * launch.slots + k, kWarpsOfLine);
   }
-  const uint32_t first_mark = load_layers(launch, single, layers);
+  const Progress progress{launch.counters ? launch.counters + 2 : nullptr, load_layers(launch, single, layers)};
+  const uint32_t first_mark = uint32_t(progress.launches * launch.count) + 1;
   Ring ring{reinterpret_cast<uint4*>(rings + line * launch.slots * kStageBytes), barriers + line * launch.slots,
             barriers + (kLines + line) * launch.slots, launch.slots};
   if (warp >= kDecodeWarps) {
-    stream_weights<W, kOnTheirWay>(layers, launch.count, line, ring);
+    stream_weights<W>(layers, launch.count, line, ring);
     return;
   }
 #if __CUDA_ARCH__ >= 900
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kDecodeAllThreads, 1)
     const int group = kPartialFloats / (kDecodeWarps * kUnitRows * B);
     Output<W> output;
     output.find(layer, threadIdx.x, 0, min(group, units));
-    prepare_x<W>(layer, first_mark, x, scratch[n & 1]);
+    prepare_x<W>(layers, n, first_mark, progress, x, scratch[n & 1]);
     meet();
     const int stages = stages_of(layer.K, sizeof(W)), stride = x_row_bytes(stages);
     const char* mine = x + warp % kWarpsOfLine * kPieceBytes + threadIdx.x % 4 * 16;
@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(kDecodeAllThreads, 1)
         output.finish(layer, sums, first_line + first * stages, stages, first_mark, first_mark + n);
       }
     }
+    if (threadIdx.x == 0 && units > 0) progress.add(n);
     first_line = (first_line + units * stages) & (kLines - 1);
   }
 }

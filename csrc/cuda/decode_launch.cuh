@@ -26,20 +26,13 @@ inline int64_t decode_shared_bytes(const DecodeShape& shape, int slots) {
   return layers + ring + shape.x_bytes + 2 * kPartialFloats * 4;
 }
 
-struct DecodeOptions {
-  int slots = 0;  // 0: as many as fit
-  bool chained = true;
-  int way = 1;
-};
-
 template <class Kernel>
 cudaError_t launch_decode_kernel(Kernel kernel, DecodeLaunch launch, const DecodeLinear& single,
-                                 const DecodeShape& shape, const DecodeOptions& options, const Device& device,
-                                 cudaStream_t stream) {
+                                 const DecodeShape& shape, const Device& device, cudaStream_t stream) {
   int limit = 0;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index);
   if (error != cudaSuccess) return error;
-  launch.slots = options.slots ? options.slots : kMostSlots;
+  launch.slots = kMostSlots;
   while (launch.slots > 1 && decode_shared_bytes(shape, launch.slots) + 1024 > limit) --launch.slots;
   const size_t shared = size_t(decode_shared_bytes(shape, launch.slots));
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
@@ -54,7 +47,7 @@ cudaError_t launch_decode_kernel(Kernel kernel, DecodeLaunch launch, const Decod
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
-  } else if (device.major >= 9 && options.chained) {
+  } else if (device.major >= 9) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.numAttrs = 1;
@@ -63,33 +56,20 @@ cudaError_t launch_decode_kernel(Kernel kernel, DecodeLaunch launch, const Decod
   return cudaLaunchKernelEx(&config, kernel, launch, single);
 }
 
-template <class W, int kRows>
-cudaError_t launch_decode(const DecodeLaunch& launch, const DecodeLinear& single, const DecodeShape& shape,
-                          const DecodeOptions& options, const Device& device, cudaStream_t stream) {
-#ifdef DECODE_SWEEP
-  if (options.way == 0)
-    return launch_decode_kernel(decode_kernel<W, kRows, 0>, launch, single, shape, options, device, stream);
-  if (options.way == 2)
-    return launch_decode_kernel(decode_kernel<W, kRows, 2>, launch, single, shape, options, device, stream);
-  if (options.way == 3)
-    return launch_decode_kernel(decode_kernel<W, kRows, 3>, launch, single, shape, options, device, stream);
-#endif
-  return launch_decode_kernel(decode_kernel<W, kRows, 1>, launch, single, shape, options, device, stream);
-}
-
 template <class W>
 cudaError_t launch_decode(const DecodeLaunch& launch, const DecodeLinear& single, const DecodeShape& shape,
-                          cudaStream_t stream, const DecodeOptions& options = {}) {
+                          cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  const auto run = [&](auto kernel) { return launch_decode_kernel(kernel, launch, single, shape, device, stream); };
   if constexpr (sizeof(W) == 4) {
-    if (shape.B == 1) return launch_decode<W, 1>(launch, single, shape, options, device, stream);
-    if (shape.B <= 4) return launch_decode<W, 4>(launch, single, shape, options, device, stream);
+    if (shape.B == 1) return run(decode_kernel<W, 1>);
+    if (shape.B <= 4) return run(decode_kernel<W, 4>);
   } else {
-    if (shape.B <= 8) return launch_decode<W, 8>(launch, single, shape, options, device, stream);
+    if (shape.B <= 8) return run(decode_kernel<W, 8>);
   }
-  return launch_decode<W, 16>(launch, single, shape, options, device, stream);
+  return run(decode_kernel<W, 16>);
 }
 
 }  // namespace newllm::cuda

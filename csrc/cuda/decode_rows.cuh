@@ -31,9 +31,32 @@ __device__ __forceinline__ void store_word(uint64_t* to, float value, uint32_t m
 
 __device__ __forceinline__ float value_of(uint64_t word) { return __uint_as_float(uint32_t(word)); }
 
-__device__ __forceinline__ void store_activation(const DecodeTensor& tensor, int b, int column, int width, float value,
-                                                 uint32_t mark) {
-  if (tensor.storage == DecodeStorage::kWords) {
+template <class W>
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  const W rounded = from_float<W>(value);
+  return *reinterpret_cast<const uint16_t*>(&rounded);
+}
+
+template <class W>
+__device__ __forceinline__ float value_of_bits(uint32_t bits) {
+  const uint16_t low = uint16_t(bits);
+  return to_float(*reinterpret_cast<const W*>(&low));
+}
+
+// One number; for pairs the lane of the even column stores `next` with it. All lanes of the warp call it.
+template <class W>
+__device__ __forceinline__ void store_activation(const DecodeTensor& tensor, bool real, int b, int column, int width,
+                                                 float value, uint32_t mark) {
+  if (tensor.storage == DecodeStorage::kPairs) {
+    if constexpr (sizeof(W) == 2) {
+      const uint32_t own = real ? bits_of<W>(value) : 0, next = __shfl_down_sync(0xffffffffu, own, 1);
+      const uint64_t word = uint64_t(mark) << 32 | next << 16 | own;
+      uint64_t* to = static_cast<uint64_t*>(tensor.data) + b * (words_of_row(width) / 2) + column / 2;
+      if (real && column % 2 == 0) asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+    }
+  } else if (!real) {
+    return;
+  } else if (tensor.storage == DecodeStorage::kWords) {
     store_word(static_cast<uint64_t*>(tensor.data) + b * words_of_row(width) + column, value, mark);
   } else {
     static_cast<float*>(tensor.data)[int64_t(b) * width + column] = value;
@@ -64,6 +87,24 @@ __device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, i
   } while (!there);
 }
 
+template <class W>
+__device__ __forceinline__ void load_pairs(const uint64_t* row, uint32_t mark, int k, int step, int width, Quads& x) {
+  bool there;
+  do {
+    there = true;
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int left = width - k - h * step;
+      ulonglong2 words = make_ulonglong2(uint64_t(mark) << 32, uint64_t(mark) << 32);
+      if (left > 0) words = load_two_words(row + (k + h * step) / 2);
+      if (left <= 2) words.y = uint64_t(mark) << 32;  // what lies past the end was never written
+      x[h][0] = value_of_bits<W>(uint32_t(words.x)), x[h][1] = value_of_bits<W>(uint32_t(words.x) >> 16);
+      x[h][2] = value_of_bits<W>(uint32_t(words.y)), x[h][3] = value_of_bits<W>(uint32_t(words.y) >> 16);
+      there = there && uint32_t(words.x >> 32) == mark && uint32_t(words.y >> 32) == mark;
+    }
+  } while (!there);
+}
+
 // The same of a table's row, or of float32.
 template <class T>
 __device__ __forceinline__ void load_plain(const T* row, int k, int step, int width, Quads& x) {
@@ -77,15 +118,41 @@ __device__ __forceinline__ void load_plain(const T* row, int k, int step, int wi
 template <class W>
 __device__ __forceinline__ void load_quads(const DecodeTensor& tensor, int64_t row, uint32_t launch, int k, int step,
                                            int width, Quads& x) {
-  if (tensor.storage == DecodeStorage::kWords) {
-    const uint64_t* from = static_cast<const uint64_t*>(tensor.data) + row * words_of_row(width);
-    load_words(from, launch + tensor.from, k, step, width, x);
+  const uint32_t mark = launch + tensor.from;
+  const int words = words_of_row(width);
+  if (tensor.storage == DecodeStorage::kPairs) {
+    if constexpr (sizeof(W) == 2) {
+      load_pairs<W>(static_cast<const uint64_t*>(tensor.data) + row * (words / 2), mark, k, step, width, x);
+    }
+  } else if (tensor.storage == DecodeStorage::kWords) {
+    load_words(static_cast<const uint64_t*>(tensor.data) + row * words, mark, k, step, width, x);
   } else if (tensor.storage == DecodeStorage::kFloat) {
     load_plain(static_cast<const float*>(tensor.data) + row * width, k, step, width, x);
   } else {
     load_plain(static_cast<const W*>(tensor.data) + row * width, k, step, width, x);
   }
 }
+
+// How far the blocks are, layer by layer: each adds one when it has written its part. Only a hint, for the words
+// themselves say whether they are there; but to ask one counter costs less than to ask for all words again and again.
+struct Progress {
+  unsigned long long* finished;  // one a layer; nullptr for a layer alone
+  unsigned long long launches;   // before this one
+
+  __device__ __forceinline__ void add(int layer) const {
+    if (finished) asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(finished + layer) : "memory");
+  }
+
+  __device__ __forceinline__ void wait(const DecodeLinear* layers, int layer) const {
+    if (threadIdx.x % 32 == 0) {
+      const int shift = unit_shift(layers[layer].parts), units = (layers[layer].N + (1 << shift) - 1) >> shift;
+      const unsigned long long wanted = (launches + 1) * min(units, int(gridDim.x));
+      while (load_word(reinterpret_cast<const uint64_t*>(finished + layer)) < wanted) {
+      }
+    }
+    __syncwarp();
+  }
+};
 
 // ---- before the product ----
 
@@ -154,8 +221,9 @@ struct NormQuad {
 // Passes over a row: mean, squares, result; a row that the threads can hold is read once, with all that the result
 // needs.
 template <class W>
-__device__ __forceinline__ void prepare_x(const DecodeLinear& layer, uint32_t launch, char* shared_x,
-                                          Moments* scratch) {
+__device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number, uint32_t launch,
+                                          const Progress& progress, char* shared_x, Moments* scratch) {
+  const DecodeLinear& layer = layers[number];
   const int K = layer.K, B = layer.B;
   int log_warps = max(31 - __clz(kDecodeWarps) - (B == 1 ? 0 : 32 - __clz(B - 1)), 0);
   while (log_warps > 0 && K <= kHeld * 64 << log_warps) --log_warps;
@@ -166,6 +234,7 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear& layer, uint32_t la
   const float limit = layer.clamp_value;
   const int stages = stages_of(K, sizeof(W)), padded = stages * (kStageRowBytes / int(sizeof(W)));
   const int first_pass = normalize ? 0 : 2;
+  const bool waits = from.storage == DecodeStorage::kWords || from.storage == DecodeStorage::kPairs;
 #pragma unroll 1
   for (int base = 0; base < B; base += kDecodeWarps >> log_warps) {  // more than once only with a warp a row
     const int b = base + (threadIdx.x / 32 >> log_warps);
@@ -181,6 +250,7 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear& layer, uint32_t la
     for (int pass = first_pass; pass < 3; ++pass) {
       float sum = 0;
       int count = 0;
+      if (waits && pass == first_pass && real) progress.wait(layers, from.from);  // whole warps
 #pragma unroll 1
       for (int k = first * 4; real && k < K; k += kHeld * step) {
         if (pass == first_pass || !fits) {
@@ -280,10 +350,8 @@ struct Output {
     if (layer.state) old = layer.state[int64_t(b) * N + column];
     const DecodeTensor residual = layer.residual;
     if (residual.data == nullptr) return;
-    if (residual.storage == DecodeStorage::kWords) {
-      // Written by this block, whose share of N columns is always the same.
-      old = value_of(load_word(static_cast<const uint64_t*>(residual.data) + b * words_of_row(N) + column));
-    } else if (residual.storage == DecodeStorage::kFloat) {
+    if (residual.storage ==
+        DecodeStorage::kFloat) {  // `kept` by this block, whose share of N columns is always the same
       old = static_cast<const float*>(residual.data)[int64_t(b) * N + column];
     } else {
       old = to_float(static_cast<const W*>(residual.data)[layer.tokens[b] * N + column]);
@@ -333,13 +401,14 @@ struct Output {
         y = __shfl_sync(0xffffffffu, z, own + 3 * columns);
         y *= sigmoid_fast(y).value;
         const float context = sigmoid_fast(z).value * old + sigmoid_fast(second).value * tanh_fast(third).value;
-        if (real && part == 0) {
-          if (layer.context.data) store_activation(layer.context, b, column, N, context, mark);
-          if (layer.state_out) layer.state_out[int64_t(b) * N + column] = context;
-        }
+        const bool here = real && part == 0;
+        if (layer.context.data) store_activation<W>(layer.context, here, b, column, N, context, mark);
+        if (here && layer.state_out) layer.state_out[int64_t(b) * N + column] = context;
       }
     }
-    if (real && part == 0 && layer.y.data) store_activation(layer.y, b, column, N, y, mark);
+    const bool here = real && part == 0;
+    if (layer.y.data) store_activation<W>(layer.y, here, b, column, N, y, mark);
+    if (here && layer.kept) layer.kept[int64_t(b) * N + column] = y;
   }
 };
 

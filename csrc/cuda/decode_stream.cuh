@@ -103,8 +103,8 @@ __device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_
   }
 }
 
-// Everything that one line's warps will multiply, in their order. At most kOnTheirWay + 1 stages are on their way.
-template <class W, int kOnTheirWay>
+// Everything that one line's warps will multiply, in their order, one stage on its way at a time: 32 KB a block.
+template <class W>
 __device__ void stream_weights(const DecodeLinear* layers, int count, int line, Ring ring) {
   const int lane = threadIdx.x % 32;
   int stage = line;  // of this line, counted from the first of the layer
@@ -132,7 +132,7 @@ __device__ void stream_weights(const DecodeLinear* layers, int count, int line, 
         barrier_arrive(ring.full + ring.slot);
       }
       copy_async_commit();
-      copy_async_wait<kOnTheirWay>();
+      copy_async_wait<0>();
       ring.advance();
     }
     stage -= stages;
