@@ -204,6 +204,8 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         parts.append(_cells(headers, lines))
     if any("*" in cell for line in lines for cell in line):
         parts.append("* by events: no CUDA graph could be made of it.")
+    if backends := _backends(timed):
+        parts.append(backends)
     if candidates := _candidates(timed):
         parts.append(candidates)
     if scaling := _scaling(rows):
@@ -220,6 +222,30 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         lines = [[r["what"], f"{r['value']:g}", r["wanted"], "yes" if r["met"] else "NO"] for r in wanted]
         parts.append(_cells(["wanted", "measured", "goal", "met"], lines))
     return "\n\n".join(parts)
+
+
+def _backends(timed: dict[Key, dict[str, Row]]) -> str | None:
+    """Our two GPU backends and the fastest of all peers, PyTorch among them, and how many times longer the others take."""
+
+    def ratio(row: Row | None, over: Row | None) -> str:
+        return f"{kernel_us(row) / kernel_us(over):.2f}x" if row and over else "-"
+
+    lines = []
+    for key, group in timed.items():
+        cuda, triton = group.get("cuda"), group.get("triton")
+        if cuda is None and triton is None:
+            continue
+        peers = [row for name, row in group.items() if name not in (OURS, "cuda", "triton")]
+        peer = min(peers, key=kernel_us, default=None)
+        name = f" {peer['provider']}" if peer else ""
+        best = min((row for row in (cuda, triton) if row), key=kernel_us)
+        shares = [f"{share(row):.0f}" if row else "-" for row in (cuda, triton)]
+        lines.append(
+            [" ".join(key), _us(cuda), shares[0], _us(triton), shares[1], _us(peer) + name, ratio(triton, cuda),
+             ratio(peer, best)]
+        )  # fmt: skip
+    headers = ["our backends (us)", "CUDA C++", "% of copy", "Triton", "% of copy", "best peer", "Triton over CUDA", "peer over the better"]  # fmt: skip
+    return _cells(headers, lines) if lines else None
 
 
 def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:
@@ -254,19 +280,26 @@ def _name(row: Row) -> str:
     return row["op"] if row["provider"] == OURS else f"torch {row['op']}"
 
 
+def way(graph: bool, compiled: bool) -> str:
+    """How a training step is launched."""
+    return {(False, False): "eager", (True, False): "graph", (False, True): "compiled"}.get(
+        (graph, compiled), "graph, compiled"
+    )
+
+
 def training_table(content: dict[str, Any]) -> str:
     """Markdown: tokens/s of every configuration, then where the time of ours goes."""
-    headers = ["training", "backend", "compiled", "tokens/s", "ms a step", "peak memory", "relative"]
+    headers = ["training", "backend", "step", "tokens/s", "MFU", "ms a step", "peak memory", "relative"]
     first = next((run["tokens_per_s"] for run in content["runs"] if "failure" not in run), None)
     lines, failures = [], []
     for run in content["runs"]:
-        name = [run["model"], run["backend"], "yes" if run["compiled"] else "no"]
+        name = [run["model"], run["backend"], way(run.get("graph", False), run["compiled"])]
         if "failure" in run:
-            failures.append(f"FAILED  {' '.join(name[:2])}, compiled {name[2]}: {run['failure']}")
+            failures.append(f"FAILED  {' '.join(name[:2])}, {name[2]}: {run['failure']}")
             continue
         peak = run["peak_bytes"]
         lines.append(
-            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
+            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['mfu']:.1%}" if "mfu" in run else "-", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
              f"{run['tokens_per_s'] / first:.2f}x"]
         )  # fmt: skip
     parts = [
@@ -276,7 +309,7 @@ def training_table(content: dict[str, Any]) -> str:
     ]
     for run in content["runs"]:
         if profile := run.get("profile"):
-            what = f"{run['model']}, {'compiled' if run['compiled'] else 'not compiled'}"
+            what = f"{run['model']}, {way(run.get('graph', False), run['compiled'])}"
             lines = [
                 [op["name"], f"{op['us']:,.0f}", f"{op['percent']:.1f}", f"{op['calls']:g}"] for op in profile["top"]
             ]

@@ -1,13 +1,15 @@
 """Training speed on the device at hand: `python benchmarks/train_speed.py [--preset 40m] [--results FILE]`.
 
-Times steps of the Trainer that `newllm train` runs (data, autocast, loss, backward, clipping, AdamW) on random tokens:
+Times steps of the Trainer that `newllm train` runs (data, loss, backward, clipping, AdamW) on random tokens:
 
     newllm                 the preset, coupling "none", on the kernels that `auto` takes
     transformer            the baseline with as many parameters, as `newllm compare` builds it
     newllm, reference      the same model on the reference backend: plain PyTorch, a Python loop over time
 
-each without and with torch.compile (but for the reference, whose loop would be unrolled into a graph of as many steps),
-medians over the steps after a warm-up. Both runs of newllm are profiled as well. Results are written after every run.
+each launched kernel by kernel, as the CUDA graphs that training uses on a GPU, and as graphs of layers that torch.compile
+made (the reference only the first way: its loop would become a graph of as many steps); medians over the steps after a
+warm-up, and the share of the GPU's matrix-product rate that the model's products make up (MFU). `--profile` adds where the
+time goes. Results are written after every run.
 `python benchmarks/report.py FILE` prints a results file again.
 """
 
@@ -33,11 +35,13 @@ from torch.profiler import ProfilerActivity, profile
 from newllm.config import PRESETS, ModelConfig, preset, transformer_like
 from newllm.errors import UserError, arguments_are_the_users, one_line
 from newllm.run import Run
-from newllm.training import TRAINING_PRESETS, Trainer, TrainingConfig, choose_device
+from newllm.speed import peak_flops, training_flops_per_token
+from newllm.training import Trainer
+from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device, compute_dtype
 from newllm_kernels import use_backend
 
-# The first step starts without a context, the second with one: torch.compile compiles both, and a third replays.
-WARM_UP = 3
+# The first step starts without a context, two more run kernel by kernel before the fourth is captured, the fifth replays.
+WARM_UP = 5
 PROFILED, SHOWN = 3, 15  # steps; operations of the table
 REFERENCE_STEPS = 3  # a Python loop over time is slow, and its spread small beside what it is compared with
 
@@ -47,6 +51,15 @@ def configurations(model: ModelConfig, length: int) -> list[tuple[str, ModelConf
     baseline = transformer_like(model)
     baseline = dataclasses.replace(baseline, max_seq_len=min(length, baseline.max_seq_len))  # as the trainer does
     return [("newllm", model, "auto"), ("transformer", baseline, "auto"), ("newllm", model, "reference")]
+
+
+def ways(backend: str, cuda: bool, compiled: bool) -> list[tuple[bool, bool]]:
+    """(cuda_graph, compile) of the runs of one configuration."""
+    found = [(False, False)]
+    if backend != "reference":
+        found += [(True, False)] if cuda else []
+        found += [(cuda, True)] if compiled else []
+    return found
 
 
 def make_trainer(model: ModelConfig, config: TrainingConfig, steps: int) -> Trainer:
@@ -74,11 +87,12 @@ def seconds_of_steps(trainer: Trainer, steps: int) -> list[float]:
     return [events[n].elapsed_time(events[n + 1]) / 1e3 for n in range(steps)]
 
 
-def measure(name: str, model: ModelConfig, backend: str, config: TrainingConfig, steps: int) -> dict[str, Any]:
-    run: dict[str, Any] = {"model": name, "backend": backend, "compiled": config.compile}
+def measure(
+    name: str, model: ModelConfig, backend: str, config: TrainingConfig, steps: int, profiled: int
+) -> dict[str, Any]:
+    run: dict[str, Any] = {"model": name, "backend": backend, "compiled": config.compile, "graph": config.cuda_graph}
     torch._dynamo.reset()
     gc.collect()
-    profiled = PROFILED if backend == "auto" and name == "newllm" else 0
     try:
         with use_backend(backend):
             trainer = make_trainer(model, config, WARM_UP + steps + profiled)
@@ -94,8 +108,11 @@ def measure(name: str, model: ModelConfig, backend: str, config: TrainingConfig,
                 "max_ms": max(seconds) * 1e3, "tokens_per_s": config.tokens_per_step / median,
                 # Of a CPU only the whole process's peak is known, which earlier runs may have set.
                 "peak_bytes": torch.cuda.max_memory_allocated(trainer.device) if cuda else None,
-                "loss": (trainer._loss_sum / trainer._losses).item(),
+                "loss": trainer._loss_sum.item() / trainer._tokens,
             }  # fmt: skip
+            run["flops_per_token"] = training_flops_per_token(model, config.segment)
+            if peak := peak_flops(trainer.device):
+                run["mfu"] = run["flops_per_token"] * run["tokens_per_s"] / peak
             if profiled:
                 run["profile"] = where_time_goes(lambda: seconds_of_steps(trainer, PROFILED), cuda)
     except Exception as error:  # out of memory, a compiler that fails: the other configurations are still worth having
@@ -138,6 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a stream per step (default: the preset's)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps of each (default: 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--profile", action="store_true", help="add the kernels that take longest")
     parser.add_argument("--no-compile", action="store_true", help="leave out the runs with torch.compile")
     parser.add_argument("--no-reference", action="store_true", help="leave out the reference backend")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
@@ -170,15 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     content: dict[str, Any] = {
         **report.environment(), "preset": args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
-        "precision": "bfloat16 autocast" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32",
+        "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."),
     }  # fmt: skip
     for name, of, backend in chosen:
         if backend == "reference" and args.no_reference:
             continue
         steps = min(config.steps, REFERENCE_STEPS) if backend == "reference" else config.steps
-        for compiled in (False, True)[: 1 if args.no_compile or backend == "reference" else 2]:
-            print(f"{name}, {backend}{', compiled' if compiled else ''} ...", file=sys.stderr, flush=True)
-            content["runs"].append(measure(name, of, backend, dataclasses.replace(config, compile=compiled), steps))
+        for graph, compiled in ways(backend, device.type == "cuda", not args.no_compile):
+            print(f"{name}, {backend}, {report.way(graph, compiled)} ...", file=sys.stderr, flush=True)
+            chosen_way = dataclasses.replace(config, cuda_graph=graph, compile=compiled)
+            profiled = PROFILED if args.profile and backend != "reference" else 0
+            content["runs"].append(measure(name, of, backend, chosen_way, steps, profiled))
             if args.results:
                 draft = args.results.with_name(f".{args.results.name}")
                 draft.write_text(json.dumps(content, indent=1) + "\n")

@@ -96,6 +96,59 @@ struct ContextBackwardArgs {
   void* grad_bias = nullptr;     // written, (D) acc
 };
 
+enum class ActivationKind : int32_t { kRelu, kGelu, kSilu, kTanh };
+// Where the cell's LayerNorm stands: nowhere, in the loop, or on what the hidden layer reads of a context.
+enum class NormKind : int32_t { kNone, kState, kOutput };
+
+// The whole cell over T steps. Z is H, or 3D where there is no hidden layer; S = layers * H + 3D, what a row of `pre`
+// holds: the pre-activations of the hidden layers and the gates, [a_1 | ... | a_L | f | i | d].
+struct RecurrentShape {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, T = 0, D = 0, H = 0, layers = 0;
+  ActivationKind activation = ActivationKind::kSilu;
+  NormKind norm_kind = NormKind::kState;
+
+  int64_t Z() const { return layers > 0 ? H : 3 * D; }
+  int64_t S() const { return layers * H + 3 * D; }
+};
+
+// Contiguous, weights in dtype, biases in acc.
+struct RecurrentWeights {
+  const void* context = nullptr;      // (Z, D)
+  const void* hidden = nullptr;       // (layers - 1, H, H)
+  const void* hidden_bias = nullptr;  // (layers - 1, H), may be absent
+  const void* gates = nullptr;        // (3D, H), absent where layers is 0
+  const void* gates_bias = nullptr;   // (3D), may be absent
+};
+
+struct RecurrentArgs {
+  RecurrentShape shape;
+  RecurrentWeights weights;
+  NormParams norm;
+  View3 z;                   // (B, T, Z)
+  const void* c0 = nullptr;  // (B, D) acc
+  View3 c;                   // written
+  void* c_last = nullptr;    // written, (B, D) acc
+  View3 pre;                 // written, (B, T, S), may be absent
+  void* decay = nullptr;     // written, (B, D) acc, may be absent: the product over T of the diagonal of dc_t/dc_{t-1}
+};
+
+struct RecurrentBackwardArgs {
+  RecurrentShape shape;
+  RecurrentWeights weights;
+  NormParams norm;
+  View3 grad_c;  // may be absent
+  View3 pre, c;
+  const void* c0 = nullptr;
+  const void* grad_c_last = nullptr;
+  View3 grad_pre;               // written, (B, T, S)
+  View3 hidden;                 // written, (B, T, layers * H): what the hidden layers gave
+  void* grad_c0 = nullptr;      // written, (B, D) acc
+  void* grad_weight = nullptr;  // written, (D) acc
+  void* grad_bias = nullptr;    // written, (D) acc
+  void* decay = nullptr;        // as in RecurrentArgs
+};
+
 // y = (x - mean) * rstd * weight + bias over rows of D; with a residual, x + residual is normalised and kept in sum.
 struct LayerNormArgs {
   DType dtype = DType::kFloat32;

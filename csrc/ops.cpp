@@ -30,6 +30,17 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "c0, "
       "Tensor? weight, Tensor? bias, float eps, float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, "
       "Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
+  // activation and norm: as ActivationKind and NormKind of args.h. decay: whether the product of the direct derivatives
+  // over T is wanted; what is not wanted is empty.
+  m.def(
+      "recurrent_context(Tensor z, Tensor c0, Tensor context_weight, Tensor? hidden_weight, Tensor? hidden_bias, "
+      "Tensor? gate_weight, Tensor? gate_bias, Tensor? weight, Tensor? bias, float eps, float clamp, int activation, "
+      "int norm, bool save, bool decay) -> (Tensor c, Tensor c_last, Tensor pre, Tensor decay)");
+  m.def(
+      "recurrent_context_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor pre, Tensor c, Tensor c0, "
+      "Tensor context_weight, Tensor? hidden_weight, Tensor? gate_weight, Tensor? weight, Tensor? bias, float eps, "
+      "float clamp, int activation, int norm, bool decay) -> (Tensor grad_pre, Tensor hidden, Tensor grad_c0, "
+      "Tensor grad_weight, Tensor grad_bias, Tensor decay)");
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");

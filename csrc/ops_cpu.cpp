@@ -113,6 +113,99 @@ ContextGradients context_update_backward(const Tensor& grad, const Tensor& f, co
   return context_backward(std::nullopt, grad, f, i, d, std::nullopt, c, weight, bias, eps, clamp);
 }
 
+// What the recurrent kernels read of their weights, kept alive while they run.
+struct Recurrent {
+  Tensor context;
+  OptionalTensor hidden, hidden_bias, gates, gates_bias;
+  Norm norm;
+  RecurrentShape shape;
+  RecurrentWeights weights;
+
+  Recurrent(const Tensor& rows, const Tensor& context_, const OptionalTensor& hidden_,
+            const OptionalTensor& hidden_bias_, const OptionalTensor& gates_, const OptionalTensor& gates_bias_,
+            const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+            int64_t norm_kind)
+      : context(*contiguous(OptionalTensor(context_))),
+        hidden(contiguous(hidden_)),
+        hidden_bias(parameter(hidden_bias_, rows, false)),
+        gates(contiguous(gates_)),
+        gates_bias(parameter(gates_bias_, rows, false)),
+        norm(rows, weight, bias, eps, clamp) {
+    shape.dtype = dtype_of(rows);
+    shape.B = rows.size(0);
+    shape.T = rows.size(1);
+    shape.D = context.size(1);
+    shape.H = gates ? gates->size(1) : 0;
+    shape.layers = (gates ? 1 : 0) + (hidden ? hidden->size(0) : 0);
+    shape.activation = static_cast<ActivationKind>(activation);
+    shape.norm_kind = static_cast<NormKind>(norm_kind);
+    weights = {context.data_ptr(), data_or_null(hidden), data_or_null(hidden_bias), data_or_null(gates),
+               data_or_null(gates_bias)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_context(
+    const Tensor& z_, const Tensor& c0_, const Tensor& context, const OptionalTensor& hidden,
+    const OptionalTensor& hidden_bias, const OptionalTensor& gates, const OptionalTensor& gates_bias,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+    int64_t norm_kind, bool save, bool with_decay) {
+  const Tensor z = with_contiguous_rows(z_), c0 = *contiguous(OptionalTensor(c0_));
+  const Recurrent cell(z, context, hidden, hidden_bias, gates, gates_bias, weight, bias, eps, clamp, activation,
+                       norm_kind);
+  const int64_t B = cell.shape.B, T = cell.shape.T, D = cell.shape.D;
+  Tensor c = empty<3>({B, T, D}, z.scalar_type(), z), c_last = empty<2>({B, D}, acc_type(z), z);
+  Tensor pre = save ? empty<3>({B, T, cell.shape.S()}, z.scalar_type(), z) : empty<1>({0}, z.scalar_type(), z);
+  Tensor decay = with_decay ? empty<2>({B, D}, acc_type(z), z) : empty<1>({0}, acc_type(z), z);
+  RecurrentArgs args;
+  args.shape = cell.shape;
+  args.weights = cell.weights;
+  args.norm = cell.norm.params;
+  args.z = view(z);
+  args.c0 = c0.data_ptr();
+  args.c = view(c);
+  args.c_last = c_last.data_ptr();
+  if (save) args.pre = view(pre);
+  if (with_decay) args.decay = decay.data_ptr();
+  cpu::recurrent_forward(args);
+  return {c, c_last, pre, decay};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_context_backward(
+    const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_, const Tensor& pre_, const Tensor& c_,
+    const Tensor& c0_, const Tensor& context, const OptionalTensor& hidden, const OptionalTensor& gates,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp, int64_t activation,
+    int64_t norm_kind, bool with_decay) {
+  const Tensor pre = with_contiguous_rows(pre_), c = with_contiguous_rows(c_);
+  const OptionalTensor grad_c = with_contiguous_rows(grad_c_), grad_c_last = contiguous(grad_c_last_);
+  const Tensor c0 = *contiguous(OptionalTensor(c0_));
+  const Recurrent cell(pre, context, hidden, std::nullopt, gates, std::nullopt, weight, bias, eps, clamp, activation,
+                       norm_kind);
+  const RecurrentShape& shape = cell.shape;
+  const int64_t B = shape.B, T = shape.T, D = shape.D;
+  Tensor grad_pre = empty<3>({B, T, shape.S()}, pre.scalar_type(), pre);
+  Tensor hidden_rows = empty<3>({B, T, shape.layers * shape.H}, pre.scalar_type(), pre);
+  Tensor grad_c0 = empty<2>({B, D}, acc_type(pre), pre);
+  Tensor grad_weight = empty<1>({D}, acc_type(pre), pre), grad_bias = empty<1>({D}, acc_type(pre), pre);
+  Tensor decay = with_decay ? empty<2>({B, D}, acc_type(pre), pre) : empty<1>({0}, acc_type(pre), pre);
+  RecurrentBackwardArgs args;
+  args.shape = shape;
+  args.weights = cell.weights;
+  args.norm = cell.norm.params;
+  args.grad_c = view(grad_c);
+  args.pre = view(pre);
+  args.c = view(c);
+  args.c0 = c0.data_ptr();
+  args.grad_c_last = data_or_null(grad_c_last);
+  args.grad_pre = view(grad_pre);
+  args.hidden = view(hidden_rows);
+  args.grad_c0 = grad_c0.data_ptr();
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  if (with_decay) args.decay = decay.data_ptr();
+  cpu::recurrent_backward(args);
+  return {grad_pre, hidden_rows, grad_c0, grad_weight, grad_bias, decay};
+}
+
 }  // namespace
 }  // namespace newllm
 
@@ -127,6 +220,8 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CPU, m) {
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
   m.impl("context_scan", TORCH_BOX(&newllm::context_scan));
   m.impl("context_scan_backward", TORCH_BOX(&newllm::context_backward));
+  m.impl("recurrent_context", TORCH_BOX(&newllm::recurrent_context));
+  m.impl("recurrent_context_backward", TORCH_BOX(&newllm::recurrent_context_backward));
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cpu>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cpu>));
 }

@@ -168,7 +168,12 @@ def load_model(model: nn.Module, tensors: Tensors, source: Path) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's per-parameter tensors as `<n>.<key>`; its hyperparameters come from the config, not from here."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
+    return {
+        f"{index}.{key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if value is not None
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

@@ -23,7 +23,7 @@ from newllm.errors import UserError, arguments_are_the_users
 from newllm.model import build_model, state_bytes
 from newllm.prepare import Data, new_trainer, training_config
 from newllm.run import Run
-from newllm.training import TrainingConfig
+from newllm.training_config import TrainingConfig
 
 BASELINE = "transformer"
 

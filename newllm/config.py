@@ -20,6 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 _POSITIVE_INTS = (
     "vocab_size", "embed_dim", "hidden_dim", "context_dim", "num_layers", "ffn_dim", "hops", "num_heads", "max_seq_len",
+    "softmaxes",
 )  # fmt: skip
 
 
@@ -31,8 +32,8 @@ class ModelConfig:
 
     - `newllm`: all but `num_heads`, `max_seq_len`; `hidden_dim` and `activation` only where `fnn_layers > 0`.
     - `classic`: one cell, so not `num_layers`, `ffn_dim`, `num_heads`, `max_seq_len`, `tie_embeddings`.
-    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, `dropout`, `tie_embeddings`, `num_heads`,
-      `max_seq_len`.
+    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, all dropouts but `recurrent_dropout`,
+      `softmaxes`, `tie_embeddings`, `num_heads`, `max_seq_len`.
     """
 
     architecture: str = "newllm"  # "newllm" residual stack | "classic" single cell | "transformer" baseline
@@ -48,7 +49,13 @@ class ModelConfig:
     hops: int = 1  # K, read where coupling is "hops"
     norm: str | None = "output"  # LayerNorm "state": in the loop | "output": on what is read | None
     clamp: float = 10.0  # bound on the normalised context
-    dropout: float = 0.0
+    dropout: float = 0.0  # of what a layer adds to the residual stream
+    input_dropout: float | None = None  # of the embedded tokens; None: as `dropout`
+    output_dropout: float = 0.0  # of what the output matrix reads
+    embed_dropout: float = 0.0  # of whole words, wherever they stand in the segment
+    recurrent_dropout: float = 0.0  # of single weights between the last context and the gates (DropConnect)
+    locked_dropout: bool = False  # one mask for all steps of a text ("variational"), for `dropout`, input and output
+    softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
     tie_embeddings: bool = True
     num_heads: int = 4
     max_seq_len: int = 512  # window of the Transformer's attention, in tokens
@@ -62,8 +69,12 @@ class ModelConfig:
         self._require_choice("coupling", COUPLINGS)
         self._require_choice("norm", NORMS)
         self._require(_is_number(self.clamp) and self.clamp > 0, "clamp", "a finite number above 0")
-        self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        self._require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "True or False")
+        for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout"):
+            value = getattr(self, name)
+            fits = (_is_number(value) and 0 <= value < 1) or (name == "input_dropout" and value is None)
+            self._require(fits, name, "a number in [0, 1)")
+        for name in ("locked_dropout", "tie_embeddings"):
+            self._require(isinstance(getattr(self, name), bool), name, "True or False")
         if self.architecture == "transformer":
             even_heads = self.embed_dim % (2 * self.num_heads) == 0  # RoPE turns pairs of features
             self._require(even_heads, "num_heads", f"heads of an even width that divide embed_dim={self.embed_dim}")
@@ -71,6 +82,8 @@ class ModelConfig:
             self._require(
                 self.hops == 1 or self.coupling == "hops", "hops", f'1 unless coupling="hops" (it is "{self.coupling}")'
             )
+            reads = self.reads_context or self.recurrent_dropout == 0
+            self._require(reads, "recurrent_dropout", "0: no weight of this coupling reads the context")
         if self.architecture == "classic":
             self._require(
                 self.coupling != "none",
@@ -78,6 +91,12 @@ class ModelConfig:
                 '"full" or "hops": the classic cell reads its context only through the coupling',
             )
             self._require(self.fnn_layers >= 1, "fnn_layers", "1 or more: the classic cell's logits are W_o h_t")
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the gates have weights for the context: a mixer of one hop has no context to read, and none for it.
+        The classic cell reads its last hop too."""
+        return self.coupling == "full" or self.hops > 1 or self.architecture == "classic"
 
     def _require(self, ok: bool, name: str, wanted: str) -> None:
         if not ok:
@@ -155,7 +174,7 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     head_dim = next(width for width in range(64, 0, -2) if embed_dim % width == 0)
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
-        tie_embeddings=True, coupling="none", hops=1,
+        tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0,
     )  # fmt: skip
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim

@@ -2,7 +2,7 @@
 
     load_corpus("builtin" | "hub:NAME" | file | folder) -> Corpus: documents of the splits train, valid and perhaps test
     tokenise(documents, tokenizer)                      -> one flat array of token ids
-    Streams(tokens, B, T)                               -> B parallel streams of text, T tokens a segment
+    Streams(tokens, B, T, seed)                         -> B parallel streams of text, T tokens a segment
 
 Nothing is cached on disk: a corpus is read and tokenised anew for every run.
 """
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -205,48 +206,92 @@ def fingerprint(tokens: np.ndarray) -> str:
     return f"{tokens.size}-{zlib.crc32(np.ascontiguousarray(tokens).tobytes()):08x}"
 
 
+class Segment(NamedTuple):
+    """Where the next piece of every stream lies: `length` tokens from `offset` on; `fresh`: streams start anew here."""
+
+    offset: int
+    length: int
+    fresh: bool
+
+
 class Streams:
     """B streams of text side by side, cut into consecutive segments of T tokens: what truncated backpropagation reads.
 
     Stream b starts L = n // B tokens after stream b - 1, so that over one epoch the B rows of the batch read every token
     once, and the context at the end of a row's segment is the context its next segment starts from. Each epoch starts
-    at another place of the text (drawn from `seed` and the epoch), so that segment borders move.
+    at another place of the text (drawn from `seed` and the epoch), so that segment borders move. With `random` they move
+    within the epoch too: lengths are drawn from T/2 (one in twenty), 7T/8, T and 9T/8, few enough to capture a CUDA graph
+    of each.
 
-    The position is two integers, `epoch` and `segment`; `state_dict` saves them.
+    The tokens lie on `device` as a whole, so that a step copies nothing. The position is two integers, `epoch` and
+    `segment`; `state_dict` saves them.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, segment: int, seed: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, batch_size: int, segment: int, seed: int, *, random: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         length = tokens.size // batch_size
         if length < segment + 1:
             raise UserError(
                 f"the training text has {tokens.size} tokens, too few for --batch-size {batch_size} streams of --segment {segment}"
                 f" (wanted at least {batch_size * (segment + 1)}); lower one of them or give more text"
             )
-        self.tokens, self.T, self.seed = tokens, segment, seed
-        self.starts = np.arange(batch_size)[:, None] * length  # (B, 1)
-        self.segments_per_epoch = length // segment
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
+        self.T, self.seed, self.random = segment, seed, random
+        self.starts = torch.arange(batch_size, device=device)[:, None] * length  # (B, 1)
+        self.length = length
         self.epoch = 0
         self.segment = 0
+        self._borders = self._plan()
 
-    def next(self) -> tuple[Tensor, Tensor, bool]:
-        """inputs (B, T) int64, targets (B, T) int64 (the inputs one token on), whether the streams start afresh here."""
+    @property
+    def segments_per_epoch(self) -> int:
+        """Of the present epoch."""
+        return len(self._borders) - 1
+
+    def _plan(self) -> list[int]:
+        """Borders of the segments of this epoch, from 0 on; what is left after the last would be too short."""
+        if not self.random:
+            return list(range(0, self.length + 1, self.T))
+        draw = np.random.default_rng((self.seed, self.epoch, 1))
+        half, eighth = max(1, self.T // 2), self.T // 8
+        borders = [0]
+        while True:
+            full = self.T + eighth * int(draw.integers(-1, 2))
+            length = half if draw.random() < 0.05 else full
+            if borders[-1] + length > self.length:
+                break
+            borders.append(borders[-1] + length)
+        return borders if len(borders) > 1 else [0, self.T]
+
+    def next(self) -> Segment:
+        """The next segment; `window` reads it."""
         if self.segment == self.segments_per_epoch:
             self.epoch, self.segment = self.epoch + 1, 0
-        fresh = self.segment == 0
-        start = self._offset() + self.segment * self.T
-        index = self.starts + np.arange(start, start + self.T + 1)  # (B, T + 1)
-        window = torch.from_numpy(self.tokens[index % self.tokens.size].astype(np.int64))
+            self._borders = self._plan()
+        start, stop = self._borders[self.segment : self.segment + 2]
+        segment = Segment(self._shift() + start, stop - start, self.segment == 0)
         self.segment += 1
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous(), fresh
+        return segment
 
-    def _offset(self) -> int:
-        return int(np.random.default_rng((self.seed, self.epoch)).integers(self.tokens.size)) if self.epoch else 0
+    def window(self, offset: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """inputs (B, length) int64, targets (B, length) int64, the inputs one token on. Offset: of a `Segment`, as an
+        integer or as a tensor () on the device."""
+        ahead = torch.arange(length + 1, device=self.starts.device)
+        window = self.tokens[(self.starts + offset + ahead) % self.tokens.numel()].long()  # (B, length + 1)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def _shift(self) -> int:
+        draw = np.random.default_rng((self.seed, self.epoch))
+        return int(draw.integers(self.tokens.numel())) if self.epoch else 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "segment": self.segment}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.segment = state["epoch"], state["segment"]
+        self._borders = self._plan()
 
 
 def evaluation_segments(tokens: np.ndarray, segment: int) -> Iterator[tuple[Tensor, Tensor]]:

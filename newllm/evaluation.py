@@ -6,18 +6,20 @@ import math
 import resource
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from newllm.data import evaluation_segments
 from newllm.errors import UserError
 from newllm.generation import evaluating
 from newllm.model import LanguageModel
+from newllm.tokenizer import Tokenizer
 
 SEGMENT = 512  # tokens per forward pass; the context is carried over, so the result does not depend on it
+GPU_SEGMENTS = 8  # as many at once where a GPU would wait for the host, of models whose cost does not grow with it
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,15 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # beyond that it is no number any more
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond that it is no number any more
 
 
 def evaluate(
-    model: LanguageModel,
-    tokens: np.ndarray,
-    *,
-    limit: int | None = None,
-    autocast: torch.dtype | None = None,
-    progress: str | None = None,
+    model: LanguageModel, tokens: np.ndarray, *, limit: int | None = None, progress: str | None = None
 ) -> Score:
     """Score `tokens` (n,) as one stream from the start of a text, every token but the first predicted once.
 
@@ -46,30 +47,76 @@ def evaluate(
     and a Transformer slides its window. `limit` scores only the first so many tokens. Raises UserError where there are
     fewer than two tokens or one is not in the model's vocabulary.
     """
+    losses = token_losses(model, tokens, limit=limit, progress=progress)
+    return Score(float(losses.astype(np.float64).mean()), losses.size)
+
+
+def token_losses(
+    model: LanguageModel, tokens: np.ndarray, *, limit: int | None = None, progress: str | None = None
+) -> np.ndarray:
+    """Negative log-likelihood of every token but the first, as `evaluate` predicts them: (n - 1,) float32."""
     tokens = tokens[: None if limit is None else limit + 1]
+    check_tokens(model, tokens)
+    device = next(model.parameters()).device
+    segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" and model.carries_context else 1)
+    state, losses = None, []
+    with torch.inference_mode(), evaluating(model.modules()), progress_bar(tokens.size - 1, progress) as bar:
+        for inputs, targets in evaluation_segments(tokens, segment):
+            x, state = model.features(inputs.to(device), state)  # (1, T, F)
+            losses.append(model.nll(x, targets.to(device))[0].float())
+            bar.update(inputs.shape[1])
+        return torch.cat(losses).cpu().numpy()
+
+
+def check_tokens(model: LanguageModel, tokens: np.ndarray) -> None:
+    """Raise UserError where tokens (n,) cannot be scored."""
     if tokens.size < 2:
         raise UserError("a text of fewer than two tokens cannot be evaluated: there is nothing to predict")
     if int(tokens.max()) >= model.config.vocab_size:
         raise UserError(
             f"the text has token {int(tokens.max())}, the model's vocabulary only {model.config.vocab_size}"
         )
-    device = next(model.parameters()).device
-    state, total = None, 0.0
-    bar = tqdm(
-        total=tokens.size - 1,
-        desc=progress,
-        unit="token",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,
-    )
-    with torch.inference_mode(), evaluating(model.modules()), bar:
-        for inputs, targets in evaluation_segments(tokens, SEGMENT):
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-                logits, state = model(inputs.to(device), state)  # (1, T, V)
-            total += F.cross_entropy(logits[0].float(), targets[0].to(device), reduction="sum").item()
-            bar.update(inputs.shape[1])
-    return Score(total / (tokens.size - 1), tokens.size - 1)
+
+
+def progress_bar(tokens: int, label: str | None) -> tqdm:
+    """Over tokens; silent without a label or a terminal."""
+    return tqdm(
+        total=tokens, desc=label, unit="token", unit_scale=True, leave=False, disable=None if label else True
+    )  # fmt: skip
+
+
+def by_position(losses: np.ndarray, starts: np.ndarray) -> list[dict[str, Any]]:
+    """Losses (n - 1,) of `token_losses`, gathered by how far into its document a token stands.
+
+    starts: indices of the tokens that begin a document, the first 0. One row per power of two: tokens `first` to `last`
+    of their documents (counted from 0), how many there are, their mean loss and its perplexity.
+    """
+    index = np.arange(1, losses.size + 1)  # of the token that is predicted
+    position = index - starts[np.searchsorted(starts, index, side="right") - 1]
+    bucket = np.where(position > 0, np.log2(np.maximum(position, 1)).astype(int) + 1, 0)
+    rows = []
+    for number in np.unique(bucket):
+        chosen = losses[bucket == number].astype(np.float64)
+        first, last = (0, 0) if number == 0 else (2 ** (number - 1), 2**number - 1)
+        mean = float(chosen.mean())
+        rows.append(
+            {
+                "first": int(first),
+                "last": int(last),
+                "tokens": chosen.size,
+                "loss": mean,
+                "perplexity": perplexity(mean),
+            }
+        )
+    return rows
+
+
+def document_starts(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Indices of the tokens that begin a document. In word-level text `<eos>` ends a line, and the whole is one document."""
+    if tokenizer.kind == "word":
+        return np.zeros(1, np.int64)
+    ends = np.flatnonzero(tokens[:-1] == tokenizer.eos_id)
+    return np.concatenate((np.zeros(1, np.int64), ends + 1))
 
 
 def unigram_score(counts: np.ndarray, tokens: np.ndarray) -> Score:

@@ -14,7 +14,8 @@ from newllm.data import Corpus, load_corpus, tokenise
 from newllm.errors import UserError, typed_path
 from newllm.run import Run
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
-from newllm.training import Trainer, TrainingConfig
+from newllm.training import Trainer
+from newllm.training_config import TrainingConfig
 
 
 @dataclass

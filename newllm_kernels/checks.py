@@ -85,6 +85,30 @@ def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside
     return value
 
 
+def parameter(
+    name: str, value: Tensor | None, shape: tuple[int, ...], beside_name: str, beside: Tensor, *, optional: bool = False
+) -> Tensor | None:
+    """A weight of `shape`, of any supported dtype, on the device of `beside`."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor {shape}{' or None' if optional else ''}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {shape}")
+    if value.device != beside.device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {beside.device}, that of {beside_name}")
+    return value
+
+
+def choice(name: str, value: object, choices: tuple[str | None, ...]) -> int:
+    """The index of one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+    return choices.index(value)
+
+
 def eps(value: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"eps: got {type(value).__name__}, wanted a number of at least 0")

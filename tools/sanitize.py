@@ -1,7 +1,8 @@
 """Every operation once, forward and backward, on shapes small enough for compute-sanitizer, which slows kernels a hundredfold:
 
     compute-sanitizer --tool memcheck python tools/sanitize.py
-    compute-sanitizer --tool racecheck python tools/sanitize.py
+    compute-sanitizer --tool racecheck python tools/sanitize.py cuda      # one backend, the slow tools take minutes
+    compute-sanitizer --tool racecheck python tools/sanitize.py cuda scan  # one operation
 
 Sequences are long enough for every way through time: streams, chunks, look-back, clusters and passes.
 """
@@ -31,8 +32,15 @@ def main() -> int:
         print("sanitize: error: needs an NVIDIA GPU; this PyTorch sees none", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    for backend in ("triton", "cuda"):
-        for function in cases.TRUTH:
+    only = set(sys.argv[1:])
+    unknown = only - SHAPES.keys() - cases.TRUTH.keys()
+    if unknown:
+        print(
+            f"sanitize: error: got {', '.join(unknown)}, wanted {', '.join((*SHAPES, *cases.TRUTH))}", file=sys.stderr
+        )
+        return 2
+    for backend in only & SHAPES.keys() or SHAPES:
+        for function in only & cases.TRUTH.keys() or cases.TRUTH:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
             if not verdicts(operation, Call(torch.device("cuda", 0), torch.bfloat16, 33))[backend].ok:
                 continue

@@ -14,6 +14,8 @@ namespace newllm::cpu {
   X(gated_scan_backward, GatedScanBackwardArgs) \
   X(context_forward, ContextArgs)               \
   X(context_backward, ContextBackwardArgs)      \
+  X(recurrent_forward, RecurrentArgs)           \
+  X(recurrent_backward, RecurrentBackwardArgs)  \
   X(layer_norm_forward, LayerNormArgs)          \
   X(layer_norm_backward, LayerNormBackwardArgs)
 

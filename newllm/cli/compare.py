@@ -10,6 +10,7 @@ from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
 from newllm.cli.train import NEW_RUN_FIELDS, shown
 from newllm.errors import UserError, typed_path
+from newllm.recipe import apply_recipe
 from newllm.run import Run, new_run, runs_root
 
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> Run:
+    apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     compare.check(model)  # before the data is read
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
@@ -38,7 +40,8 @@ def _prepared(args: argparse.Namespace) -> Run:
 
 def _interrupted(args: argparse.Namespace) -> Run:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
-    if refused := sorted(field for field in fields if hasattr(args, field)):
+    refused = sorted(field for field in fields if hasattr(args, field))
+    if refused := refused + (["config"] if args.config is not None else []):
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")
     named = runs_root() / args.resume

@@ -4,43 +4,69 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import numpy as np
 
 from newllm.cli.settings import device_settings
 from newllm.cli.train import shown
 from newllm.data import load_corpus, tokenise
+from newllm.dynamic import dynamic_losses
 from newllm.errors import UserError
-from newllm.evaluation import evaluate, unigram_score
+from newllm.evaluation import by_position, document_starts, perplexity, token_losses, unigram_score
 from newllm.prepare import run_data, training_config
 from newllm.run import Run, find_run
 from newllm.tokenizer import Tokenizer
-from newllm.training import autocast_dtype
+from newllm.training_config import compute_dtype
+from newllm.weights import in_dtype
 
 
 def run(args: argparse.Namespace) -> int:
     device = device_settings(args)
     folder = find_run(args.run)
-    model, tokenizer = folder.load(device)
-    counts = folder.unigram_counts(model.config.vocab_size)
-    autocast = autocast_dtype(training_config(folder).precision, device)
+    trained, tokenizer = folder.load(device)
+    counts = folder.unigram_counts(trained.config.vocab_size)
+    dtype = compute_dtype(training_config(folder).precision, device)
+    model = in_dtype(trained, dtype)
     results = {}
     for name, tokens in _texts(args, folder, tokenizer).items():
-        score = evaluate(model, tokens, autocast=autocast, progress=f"evaluating on {name}")
-        results[name] = {
-            "tokens": score.tokens, "loss": score.loss, "perplexity": score.perplexity,
-            "unigram_perplexity": unigram_score(counts, tokens).perplexity,
-        }  # fmt: skip
+        losses = token_losses(model, tokens, progress=f"evaluating on {name}")
+        results[name] = _figures(losses) | {"unigram_perplexity": unigram_score(counts, tokens).perplexity}
+        if args.by_position:
+            results[name]["by_position"] = by_position(losses, document_starts(tokens, tokenizer))
+        if args.dynamic:
+            train = run_data(folder, trained.config).tokens["train"]
+            settings = {"lr": args.dynamic_lr, "decay": args.dynamic_decay, "segment": args.dynamic_segment}
+            adapted = dynamic_losses(
+                trained, tokens, train, dtype=dtype, progress=f"dynamic evaluation on {name}", **settings
+            )
+            results[name]["dynamic"] = _figures(adapted) | settings
     if args.json:
         print(json.dumps({"run": str(folder.path), "splits": results}))
         return 0
-    print(f"run {shown(folder.path)}, {model.num_parameters():,} parameters")
-    print(f"{'text':<8} {'tokens':>12} {'loss':>8} {'perplexity':>12} {'unigram':>12}")
+    print(f"run {shown(folder.path)}, {trained.num_parameters():,} parameters")
+    print(
+        f"{'text':<8} {'tokens':>12} {'loss':>8} {'perplexity':>12} {'unigram':>12} {'dynamic':>12}"[
+            : None if args.dynamic else -13
+        ]
+    )
     for name, row in results.items():
+        dynamic = f" {row['dynamic']['perplexity']:>12,.2f}" if args.dynamic else ""
         print(
-            f"{name:<8} {row['tokens']:>12,} {row['loss']:>8.4f} {row['perplexity']:>12,.2f} {row['unigram_perplexity']:>12,.2f}"
+            f"{name:<8} {row['tokens']:>12,} {row['loss']:>8.4f} {row['perplexity']:>12,.2f}"
+            f" {row['unigram_perplexity']:>12,.2f}{dynamic}"
         )
+    for name, row in results.items() if args.by_position else ():
+        print(f"\n{name}, by place in the document\n{'tokens':>20} {'scored':>12} {'loss':>8} {'perplexity':>12}")
+        for place in row["by_position"]:
+            span = f"{place['first']:,} to {place['last']:,}"
+            print(f"{span:>20} {place['tokens']:>12,} {place['loss']:>8.4f} {place['perplexity']:>12,.2f}")
     return 0
+
+
+def _figures(losses: np.ndarray) -> dict[str, Any]:
+    loss = float(losses.astype(np.float64).mean())
+    return {"tokens": losses.size, "loss": loss, "perplexity": perplexity(loss)}
 
 
 def _texts(args: argparse.Namespace, folder: Run, tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -24,7 +24,14 @@ MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--hops", "hops", int, "K of coupling hops (implies it)"),
     ("--norm", "norm", ("state", "output", "none"), "LayerNorm in the loop, on what is read out, or none"),
     ("--clamp", "clamp", float, "bound of the normalised context"),
-    ("--dropout", "dropout", float, "dropout"),
+    ("--dropout", "dropout", float, "of what layers add to the residual stream"),
+    ("--input-dropout", "input_dropout", float, "of embedded tokens (default: as --dropout)"),
+    ("--output-dropout", "output_dropout", float, "of what the output matrix reads"),
+    ("--embed-dropout", "embed_dropout", float, "of whole words of the vocabulary"),
+    ("--recurrent-dropout", "recurrent_dropout", float, "of weights between the last context and the gates"),
+    ("--locked-dropout", "locked_dropout", bool, "drop the same features at every step of a segment"),
+    ("--softmaxes", "softmaxes", int, "of the mixture that gives the next token"),
+    ("--tie-embeddings", "tie_embeddings", bool, "the output matrix is the embedding"),
     ("--heads", "num_heads", int, "attention heads (Transformer)"),
     ("--max-seq-len", "max_seq_len", int, "attention window in tokens (Transformer)"),
 )
@@ -34,25 +41,46 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--steps", "steps", int, "optimizer steps"),
     ("--batch-size", "batch_size", int, "B, streams of text read side by side"),
     ("--segment", "segment", int, "T, tokens of a stream per forward pass; the context is carried on"),
+    ("--random-segments", "random_segments", bool, "draw lengths from T/2, 7T/8, T and 9T/8"),
     ("--grad-accum", "grad_accum", int, "segments per optimizer step"),
+    ("--optimizer", "optimizer", ("adamw", "sgd"), "kind of optimizer"),
     ("--lr", "lr", float, "peak learning rate"),
     ("--min-lr", "min_lr", float, "learning rate at the end, as a fraction of --lr"),
     ("--warmup", "warmup", int, "steps of linear warm-up"),
-    ("--weight-decay", "weight_decay", float, "AdamW's, on matrices only"),
+    ("--schedule", "schedule", ("cosine", "linear", "constant"), "of the learning rate after the warm-up"),
+    ("--weight-decay", "weight_decay", float, "on matrices only"),
+    ("--beta1", "beta1", float, "AdamW's, or the momentum of sgd"),
     ("--beta2", "beta2", float, "AdamW's"),
     ("--clip", "clip", float, "norm that gradients are clipped to"),
+    ("--average", "average", float, "evaluate a running average of the weights: its decay; 1: their plain mean"),
+    ("--average-start", "average_start", int, "step from which weights are averaged"),
+    ("--average-every", "average_every", int, "steps between weights that are averaged"),
+    ("--activation-penalty", "activation_penalty", float, "AR: times the mean square of the features"),
+    ("--change-penalty", "change_penalty", float, "TAR: times the mean square of their change from step to step"),
     ("--eval-every", "eval_every", int, "steps between evaluations"),
-    ("--eval-tokens", "eval_tokens", int, "validation tokens of an evaluation during training (the last takes all)"),
+    ("--eval-tokens", "eval_tokens", int, "validation tokens of an evaluation during training"),
     ("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints"),
     ("--log-every", "log_every", int, "steps between lines of metrics.jsonl"),
     ("--seed", "seed", int, "of weights, dropout and data order"),
     ("--device", "device", str, "auto, cpu, cuda or cuda:N"),
-    ("--precision", "precision", ("auto", "float32", "bfloat16"), "auto: bfloat16 autocast on a GPU"),
+    (
+        "--precision",
+        "precision",
+        ("auto", "float32", "bfloat16"),
+        "auto: bfloat16 on a GPU, its weights kept in float32",
+    ),
     ("--threads", "threads", int, "CPU threads; 0: as PyTorch chooses"),
+    ("--compile", "compile", bool, "torch.compile the layers"),
+    ("--cuda-graph", "cuda_graph", bool, "capture the step in CUDA graphs on a GPU (default)"),
 )
 
 # What may change when a run is resumed; all else is the run's own.
-RESUME_OPTIONS = {"--steps": "steps", "--device": "device", "--threads": "threads"}
+RESUME_OPTIONS = {
+    "--steps": "steps",
+    "--device": "device",
+    "--threads": "threads",
+    "--checkpoint-every": "checkpoint_every",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,10 +132,10 @@ COMPARE_TEXT = (
 def _train_options(parser: Parser) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with a run (name, path or 'latest') from its last checkpoint; "
-        f"beside it only {', '.join(RESUME_OPTIONS)} and --stop-after may be given",
+        f"beside it only {', '.join(RESUME_OPTIONS)}, --stop-after and --max-minutes may be given",
     )  # fmt: skip
     parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N steps of this session")
-    parser.add_argument("--compile", action="store_true", default=argparse.SUPPRESS, help="torch.compile the model")
+    parser.add_argument("--max-minutes", type=float, metavar="X", help="save and stop after X minutes of this session")
     _new_run_options(parser)
 
 
@@ -124,9 +152,14 @@ def _new_run_options(parser: Parser) -> None:
     training = parser.add_argument_group("training", "each overrides what the preset trains with")
 
     def option(group: argparse._ArgumentGroup, flag: str, field: str, kind: Any, text: str) -> None:
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
+        if kind is bool:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
         group.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **how)
 
+    parser.add_argument("--config", metavar="FILE", help="take options from a recipe: a TOML file, or a name such as "
+                        "wikitext-2; options given here come first")  # fmt: skip
     option(data, "--data", "data", str, "builtin (default), a file or folder of .txt, .jsonl, .json, .parquet (also .gz, .xz), "
            "or hub:NAME[:CONFIGURATION]; a folder with train.* and valid.* keeps its split")  # fmt: skip
     option(data, "--text-field", "text_field", str, "field or column that holds the text (default: text)")
@@ -139,8 +172,6 @@ def _new_run_options(parser: Parser) -> None:
     option(model, "--preset", "preset", str, "tiny (default), classic, 40m or 100m")
     for flag, field, kind, text in MODEL_OPTIONS:
         option(model, flag, field, kind, text)
-    model.add_argument("--no-tie-embeddings", dest="tie_embeddings", action="store_false", default=argparse.SUPPRESS,
-                       help="an output matrix of its own")  # fmt: skip
     for flag, field, kind, text in TRAINING_OPTIONS:
         option(training, flag, field, kind, text)
 
@@ -162,6 +193,15 @@ def _eval_options(parser: Parser) -> None:
         "--split", choices=("train", "valid", "test", "all"),
         help="what to score (default: valid and test; of --data without such a split, all of it)",
     )  # fmt: skip
+    parser.add_argument("--by-position", action="store_true", help="and how it depends on the place in a document")
+    dynamic = parser.add_argument_group(
+        "dynamic evaluation", "weights go on learning from the text that has been scored; reported beside the static figures"
+    )  # fmt: skip
+    dynamic.add_argument("--dynamic", action="store_true", help="measure this too")
+    dynamic.add_argument("--dynamic-lr", type=float, default=1e-4, metavar="X", help="learning rate (default: 1e-4)")
+    dynamic.add_argument("--dynamic-decay", type=float, default=1e-3, metavar="X",
+                         help="rate of return to the trained weights (default: 1e-3)")  # fmt: skip
+    dynamic.add_argument("--dynamic-segment", type=int, default=32, metavar="N", help="tokens per update (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     _run_options(parser)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
@@ -12,12 +13,12 @@ from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.config import ModelConfig, preset
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.prepare import Data, prepare_data
-from newllm.training import TRAINING_PRESETS, TrainingConfig, choose_device
+from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device
 
 
 def model_settings(args: argparse.Namespace) -> ModelConfig:
     """The preset with the options given put over it. Raises UserError where they make no model."""
-    fields = [field for _, field, _, _ in MODEL_OPTIONS] + ["tie_embeddings"]
+    fields = [field for _, field, _, _ in MODEL_OPTIONS]
     given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
     if given.get("norm") == "none":
         given["norm"] = None
@@ -30,7 +31,7 @@ def model_settings(args: argparse.Namespace) -> ModelConfig:
 
 
 def training_settings(args: argparse.Namespace) -> TrainingConfig:
-    fields = [field for _, field, _, _ in TRAINING_OPTIONS] + ["compile"]
+    fields = [field for _, field, _, _ in TRAINING_OPTIONS]
     given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
     config = dataclasses.replace(TRAINING_PRESETS[getattr(args, "preset", "tiny")], **given)
     choose_device(config.device)  # a device that is not there is better said before the data is read
@@ -45,7 +46,9 @@ def data_settings(args: argparse.Namespace, model: ModelConfig) -> Data:
 
 
 def default_name(args: argparse.Namespace) -> str:
-    return f"{getattr(args, 'preset', 'tiny')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """After the recipe or the preset, and the time."""
+    kind = Path(args.config).stem if args.config is not None else getattr(args, "preset", "tiny")
+    return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def device_settings(args: argparse.Namespace) -> torch.device:

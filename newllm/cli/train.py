@@ -6,23 +6,28 @@ import argparse
 import shlex
 from pathlib import Path
 
+import torch
+
 from newllm import checkpoint, plots
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
 from newllm.errors import UserError
 from newllm.evaluation import evaluate, peak_memory, unigram_score
 from newllm.prepare import Data, new_trainer, resumed_trainer
+from newllm.recipe import apply_recipe
 from newllm.run import find_run, new_run
 from newllm.training import Trainer
 
-NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset", "tie_embeddings", "compile"}
+NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset"}
 
 
 def run(args: argparse.Namespace) -> int:
     if args.stop_after is not None and args.stop_after < 1:
         raise UserError(f"--stop-after: got {args.stop_after}, wanted at least 1")
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise UserError(f"--max-minutes: got {args.max_minutes}, wanted a number above 0")
     trainer, data = _resume(args) if args.resume else _begin(args)
-    signal_number = trainer.train(args.stop_after)
+    signal_number = trainer.train(args.stop_after, args.max_minutes)
     plots.loss_plot(trainer.run.metrics(), trainer.run.plot_file, trainer.run.path.name)
     path = shlex.quote(shown(trainer.run.path))
     if trainer.step < trainer.config.steps:
@@ -38,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
+    apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
@@ -49,6 +55,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
 def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields - set(RESUME_OPTIONS.values()) if hasattr(args, field))
+    refused += ["config"] if args.config is not None else []
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")
@@ -83,13 +90,14 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
     peak = peak_memory(trainer.device)  # before the best model joins the last one
     tensors, info = checkpoint.load(folder.best_file)
     checkpoint.load_model(trainer.model, checkpoint.with_prefix("model", tensors), folder.best_file)
-    counts = folder.unigram_counts(trainer.model.config.vocab_size)
+    trainer.weights.refresh_copy()
+    model = trainer.weights.computing
+    counts = folder.unigram_counts(model.config.vocab_size)
     summary: dict[str, object] = {"steps": trainer.step, "best_step": info["step"]}
     for split in ("valid", "test"):
         if split in data.tokens:
-            score = evaluate(
-                trainer.model, data.tokens[split], autocast=trainer.autocast, progress=f"evaluating on {split}"
-            )
+            with torch.compiler.set_stance("force_eager"):
+                score = evaluate(model, data.tokens[split], progress=f"evaluating on {split}")
             unigram = unigram_score(counts, data.tokens[split])
             summary[split] = {
                 "tokens": score.tokens, "loss": score.loss, "perplexity": score.perplexity,
@@ -97,7 +105,7 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
             }  # fmt: skip
     summary["parameters"] = trainer.model.num_parameters()
     summary["seconds"] = round(trainer.seconds, 3)
-    summary["tokens_per_s"] = round(trainer.step * trainer.config.tokens_per_step / max(trainer.seconds, 1e-9), 1)
+    summary["tokens_per_s"] = round(trainer.tokens / max(trainer.seconds, 1e-9), 1)
     summary["peak_memory_bytes"] = peak
     checkpoint.write_json(folder.summary_file, summary)
     return summary

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
-from newllm.model.common import LanguageModel, State, init_linear
+from newllm.model.common import Dropout, Embedding, LanguageModel, State, init_linear, input_dropout
 from newllm.model.mixer import ContextCell, shift
 
 
@@ -20,8 +20,10 @@ class Classic(LanguageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)  # unit variance, as the context has
-        self.dropout = nn.Dropout(config.dropout)
+        # Unit variance, as the context has.
+        self.embedding = Embedding(config.vocab_size, config.embed_dim, config.embed_dropout)
+        self.input_dropout = input_dropout(config)
+        self.dropout = Dropout(config.dropout, config.locked_dropout)
         self.cell = ContextCell(config)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         init_linear(self.head)
@@ -29,12 +31,13 @@ class Classic(LanguageModel):
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         return {"context": self.cell.initial_state(batch_size, device)}
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> hidden layer h (B, T, H), state after the last token."""
         self.check_inputs(tokens, state, ["context"])
         start = self.cell.initial_state(tokens.shape[0]) if state is None else state["context"]  # (B, K, D)
-        from_x = self.cell.from_x(self.dropout(self.embedding(tokens)))  # (B, T, H)
-        contexts, end = self.cell(from_x, start)  # (B, T, D), (B, K, D)
+        from_x = self.cell.from_x(self.input_dropout(self.embedding(tokens)))  # (B, T, H)
+        reading = self.cell.reading_weight()
+        contexts, end = self.cell(from_x, start, reading)  # (B, T, D), (B, K, D)
         # The cell needs h step by step; the logits need it once more, but for all T in one product.
-        h = self.cell.hidden(self.cell.with_context(from_x, shift(contexts, start[:, -1])))  # (B, T, H)
-        return self.head(self.dropout(h)), {"context": end}
+        h = self.cell.hidden(self.cell.with_context(from_x, shift(contexts, start[:, -1]), reading))  # (B, T, H)
+        return self.dropout(h), {"context": end}

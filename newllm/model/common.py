@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from newllm.config import ModelConfig
+from newllm.cross_entropy import linear_cross_entropy
 
 State = dict[str, Tensor]
 
@@ -24,13 +25,53 @@ class LanguageModel(nn.Module):
 
     tokens (B, T) int64; logits (B, T, V); logits[:, t] predict tokens[:, t + 1]. Feeding a text in pieces, each with
     the state the last one returned, gives the logits of the whole text ("golden property", docs/model.md).
+
+    An architecture defines `features`, what the output matrix `head` reads. Training and evaluation ask for the `nll`
+    of features, which never holds all logits at once.
     """
 
     carries_context = True  # whether training may hand the state of one segment to the next
+    head: nn.Linear  # (F -> V), no bias
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.hidden_dim if config.architecture == "classic" else config.embed_dim  # F
+        self.mixture = Mixture(width, config.softmaxes) if config.softmaxes > 1 else None
+        self.output_dropout = Dropout(config.output_dropout, config.locked_dropout)
+
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> features (B, T, F), state after the last token."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+        x, state = self.features(tokens, state)
+        return self.logits(x), state
+
+    def logits(self, x: Tensor) -> Tensor:
+        """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities."""
+        if self.mixture is None:
+            return self.head(self.output_dropout(x))
+        shares, latent = self.mixture(x)  # (B, T, K), (B, T, K, F)
+        each = self.head(self._drop_latent(latent)).to(shares.dtype).log_softmax(-1)  # (B, T, K, V)
+        return (shares[..., None] + each).logsumexp(-2)
+
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32."""
+        B, T, F_ = x.shape
+        if self.mixture is None:
+            x = self.output_dropout(x)
+            return linear_cross_entropy(x.reshape(-1, F_), self.head.weight, targets.reshape(-1)).view(B, T)
+        shares, latent = self.mixture(x)
+        repeated = targets[..., None].expand(shares.shape)  # (B, T, K)
+        latent = self._drop_latent(latent).reshape(-1, F_)
+        each = linear_cross_entropy(latent, self.head.weight, repeated.reshape(-1)).view(shares.shape)
+        return -(shares - each).logsumexp(-1)
+
+    def _drop_latent(self, latent: Tensor) -> Tensor:
+        """Dropout of (B, T, K, F), one mask for all T where it is locked."""
+        return self.output_dropout(latent.flatten(2)).view(latent.shape)
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         """The state that `None` stands for, for `batch_size` texts."""
@@ -52,6 +93,63 @@ class LanguageModel(nn.Module):
         for key, value in state.items():
             if value.shape[0] != tokens.shape[0]:
                 raise ValueError(f"state[{key!r}]: holds {value.shape[0]} rows, tokens {tokens.shape[0]}")
+
+
+class Dropout(nn.Module):
+    """Dropout of (B, T, E). Locked ("variational"): what is dropped is dropped at every step of a text.
+
+    Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks" (2016).
+    """
+
+    def __init__(self, p: float, locked: bool) -> None:
+        super().__init__()
+        self.p, self.locked = p, locked
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.locked or not self.training or self.p == 0:
+            return F.dropout(x, self.p, self.training)
+        return x * F.dropout(torch.ones_like(x[:, :1]), self.p)
+
+
+def input_dropout(config: ModelConfig) -> Dropout:
+    """The dropout of embedded tokens."""
+    return Dropout(config.dropout if config.input_dropout is None else config.input_dropout, config.locked_dropout)
+
+
+class Embedding(nn.Embedding):
+    """Embeds tokens (B, T) -> (B, T, E). In training every word is left out with probability p, wherever it stands."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, p: float) -> None:
+        super().__init__(vocab_size, embed_dim)
+        self.p = p
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = super().forward(tokens)
+        if self.training and self.p > 0:
+            x = x * F.dropout(self.weight.new_ones(self.num_embeddings), self.p)[tokens][..., None]
+        return x
+
+
+class Mixture(nn.Module):
+    """What K softmaxes over one output matrix read, and their shares: p(token) = sum_k pi_k softmax(W h_k).
+
+    x (..., F) -> log pi (..., K), float32 (float64 for float64), and h (..., K, F), h_k = tanh(W_k x).
+
+    Source: Yang, Dai, Salakhutdinov and Cohen, "Breaking the softmax bottleneck" (2018).
+    """
+
+    def __init__(self, width: int, softmaxes: int) -> None:
+        super().__init__()
+        self.softmaxes = softmaxes
+        self.shares = nn.Linear(width, softmaxes, bias=False)
+        self.latent = nn.Linear(width, softmaxes * width)
+        init_linear(self.shares)
+        init_linear(self.latent)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        latent = torch.tanh(self.latent(x)).unflatten(-1, (self.softmaxes, -1))
+        return self.shares(x).to(wide).log_softmax(-1), latent
 
 
 class SwiGLU(nn.Module):

@@ -10,7 +10,7 @@
 
     coupling="none"   the FNN sees x_t only: one scan over time
     coupling="hops"   hop k sees the context of hop k - 1, c^(0) = 0; same weights at every hop: K scans over time
-    coupling="full"   the FNN sees its own last context: T steps, one after the other
+    coupling="full"   the FNN sees its own last context: T steps, one after the other, in one kernel
 
 Hops approach the full cell from outside in time: after K hops the first K - 1 contexts are those of coupling="full".
 """
@@ -29,6 +29,7 @@ from newllm_kernels import (
     context_update_packed,
     gated_scan_layer_norm_packed,
     gated_scan_packed,
+    recurrent_context,
 )
 
 
@@ -43,13 +44,12 @@ class ContextCell(nn.Module):
         super().__init__()
         E, H, D = config.embed_dim, config.hidden_dim, config.context_dim
         self.coupling, self.hops, self.norm_kind, self.clamp = config.coupling, config.hops, config.norm, config.clamp
-        self.activation = ACTIVATION[config.activation]
-        # The classic cell reads its last hop too; a mixer of one hop has no context to read, and no weights for it.
-        reads_context = config.coupling == "full" or config.hops > 1 or config.architecture == "classic"
+        self.activation_name, self.activation = config.activation, ACTIVATION[config.activation]
+        self.recurrent_dropout = config.recurrent_dropout
 
         first_width = H if config.fnn_layers else 3 * D
         self.from_x = nn.Linear(E, first_width)
-        self.from_context = nn.Linear(D, first_width, bias=False) if reads_context else None
+        self.from_context = nn.Linear(D, first_width, bias=False) if config.reads_context else None
         self.hidden_layers = nn.ModuleList(nn.Linear(H, H) for _ in range(config.fnn_layers - 1))
         self.to_gates = nn.Linear(H, 3 * D) if config.fnn_layers else None
         self.norm = LayerNorm(D) if config.norm else None
@@ -92,17 +92,29 @@ class ContextCell(nn.Module):
         """Contexts c (..., D) -> what is read of them, r (..., D)."""
         return self.norm(c).clamp(-self.clamp, self.clamp) if self.norm_kind == "output" else c
 
-    def with_context(self, from_x: Tensor, c: Tensor) -> Tensor:
-        """z = W_x x + W_r r, of from_x = W_x x (..., Z) and the contexts c (..., D) before it."""
-        return from_x + self.from_context(self.read(c).to(from_x.dtype))
+    def reading_weight(self) -> Tensor | None:
+        """W_r (Z, D), None where no context is read. In training single weights of it are dropped, drawn by this call:
+        what it returns serves all steps and hops of a segment (DropConnect, as in AWD-LSTM; Merity et al., 2018)."""
+        if self.from_context is None:
+            return None
+        return F.dropout(self.from_context.weight, self.recurrent_dropout, self.training)
 
-    def forward(self, from_x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """from_x = self.from_x(x) (B, T, Z), state (B, K, D) -> (contexts (B, T, D), new state (B, K, D))."""
+    def with_context(self, from_x: Tensor, c: Tensor, reading: Tensor) -> Tensor:
+        """z = W_x x + W_r r, of from_x = W_x x (..., Z), the contexts c (..., D) before it and W_r = `reading` (Z, D)."""
+        return from_x + F.linear(self.read(c).to(from_x.dtype), reading)
+
+    def forward(self, from_x: Tensor, state: Tensor, reading: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """from_x = self.from_x(x) (B, T, Z), state (B, K, D) -> (contexts (B, T, D), new state (B, K, D)).
+
+        `reading`: what `reading_weight` gave, where its caller uses it too.
+        """
+        reading = self.reading_weight() if reading is None else reading
         if self.coupling == "full":
-            contexts, last = self._step_through(from_x, state[:, 0])
+            step_by_step = from_x.shape[1] == 1  # cheaper than a kernel that gets its weights ready for many steps
+            contexts, last = (self._one_step if step_by_step else self._all_steps)(from_x, state[:, 0], reading)
             return contexts, last[:, None]
 
-        z, ends = self._up_to_the_last_hop(from_x, state)
+        z, ends = self._up_to_the_last_hop(from_x, state, reading)
         contexts, end = self._scan(self.gates(z), state[:, -1])  # (B, T, D), (B, D)
         return contexts, torch.stack((*ends, end), dim=1)
 
@@ -111,28 +123,38 @@ class ContextCell(nn.Module):
         if self.coupling == "full" or self.norm_kind != "output":
             contexts, state = self(from_x, state)
             return self.read(contexts), state
-        z, ends = self._up_to_the_last_hop(from_x, state)
+        z, ends = self._up_to_the_last_hop(from_x, state, self.reading_weight())
         norm = self.norm
         r, _, end = gated_scan_layer_norm_packed(
             self.gates(z), state[:, -1], norm.weight, norm.bias, norm.eps, self.clamp
         )
         return r, torch.stack((*ends, end), dim=1)
 
-    def _up_to_the_last_hop(self, from_x: Tensor, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _up_to_the_last_hop(self, from_x: Tensor, state: Tensor, reading: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Pre-activations z (B, T, Z) that the last hop sees, and the states (B, D) that the hops before it end in."""
         z, ends = from_x, []  # the first hop reads c^(0) = 0
         for k in range(self.hops - 1):
             contexts, end = self._scan(self.gates(z), state[:, k])
             ends.append(end)
-            z = self.with_context(from_x, shift(contexts, state[:, k]))
+            z = self.with_context(from_x, shift(contexts, state[:, k]), reading)
         return z, ends
 
-    def _step_through(self, from_x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        contexts = []
-        for from_x_t in from_x.unbind(1):  # T times (B, Z)
-            c = self._update(self.gates(self.with_context(from_x_t, c)), c)
-            contexts.append(c)
-        return torch.stack(contexts, dim=1), c
+    def _one_step(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, 1, Z): generation."""
+        c = self._update(self.gates(self.with_context(from_x[:, 0], c, reading)), c)
+        return c[:, None].to(from_x.dtype), c
+
+    def _all_steps(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, T, Z): one kernel over all T, from the same weights."""
+        norm, gates, further = self.norm, self.to_gates, self.hidden_layers
+        return recurrent_context(
+            from_x, reading, c,
+            torch.stack([layer.weight for layer in further]) if further else None,
+            torch.stack([layer.bias for layer in further]) if further else None,
+            None if gates is None else gates.weight, None if gates is None else gates.bias,
+            None if norm is None else norm.weight, None if norm is None else norm.bias,
+            1e-5 if norm is None else norm.eps, self.clamp, activation=self.activation_name, norm=self.norm_kind,
+        )  # fmt: skip
 
     def _scan(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """All steps: gates (B, T, 3D), c (B, D) -> contexts (B, T, D) of the gates' dtype, last (B, D) of c's."""
@@ -164,4 +186,4 @@ class ContextMixer(nn.Module):
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), state (B, K, D) -> (y (B, T, E), new state (B, K, D))."""
         r, state = self.cell.read_out(self.cell.from_x(x), state)  # (B, T, D)
-        return self.out(r * F.silu(self.output_gate(x))), state
+        return self.out(r.to(x.dtype) * F.silu(self.output_gate(x))), state  # full contexts are float32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
-from newllm.model.common import LanguageModel, State, SwiGLU, init_linear
+from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
 from newllm.model.mixer import ContextMixer
 from newllm_kernels import LayerNorm
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.mixer = ContextMixer(config)
         self.ffn_norm = LayerNorm(config.embed_dim)
         self.ffn = SwiGLU(config.embed_dim, config.ffn_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, config.locked_dropout)
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), state (B, K, D) -> the same, one layer on and T steps on."""
@@ -41,8 +41,8 @@ class NewLLM(LanguageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.embedding = Embedding(config.vocab_size, config.embed_dim, config.embed_dropout)
+        self.dropout = input_dropout(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.embed_dim)
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
@@ -67,8 +67,8 @@ class NewLLM(LanguageModel):
         cells = (block.mixer.cell for block in self.blocks)
         return {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> features (B, T, E), state after the last token."""
         self.check_inputs(tokens, state, self._keys())
         if state is None:
             state = self.initial_state(tokens.shape[0])
@@ -76,4 +76,4 @@ class NewLLM(LanguageModel):
         new_state = {}
         for key, block in zip(self._keys(), self.blocks, strict=True):
             x, new_state[key] = block(x, state[key])
-        return self.head(self.final_norm(x)), new_state
+        return self.final_norm(x), new_state

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from newllm.config import ModelConfig
-from newllm.model.common import LanguageModel, State, SwiGLU, init_linear
+from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
 from newllm_kernels import LayerNorm
 
 ROPE_BASE = 10000.0
@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = LayerNorm(config.embed_dim)
         self.ffn = SwiGLU(config.embed_dim, config.ffn_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, config.locked_dropout)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: tuple[Tensor, Tensor] | None
@@ -99,8 +99,8 @@ class Transformer(LanguageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.embedding = Embedding(config.vocab_size, config.embed_dim, config.embed_dropout)
+        self.dropout = input_dropout(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.embed_dim)
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
@@ -130,8 +130,8 @@ class Transformer(LanguageModel):
         state["position"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return state
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> features (B, T, E), state after the last token."""
         self.check_inputs(tokens, state, self._keys())
         B, T = tokens.shape
         window = self.config.max_seq_len
@@ -144,7 +144,9 @@ class Transformer(LanguageModel):
             position, cached, fully_causal = state["position"], state["layers.0.keys"].shape[2], False
         mask = None if fully_causal else window_mask(position, cached, T, window)
         positions = position[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-        cos, sin = rotary_angles(positions, self.config.embed_dim // self.config.num_heads, x.dtype)
+        # Angles of 16 bits would blur positions by a part in 256 of a turn.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_angles(positions, self.config.embed_dim // self.config.num_heads, wide)
         rotation = (cos[:, None], sin[:, None])  # (B, 1, T, head_dim / 2): the same for all heads
 
         new_state = {"position": position + T}
@@ -154,4 +156,4 @@ class Transformer(LanguageModel):
             x, k, v = block(x, rotation, mask, cache)
             new_state[f"layers.{n}.keys"] = k[:, :, keep:]
             new_state[f"layers.{n}.values"] = v[:, :, keep:]
-        return self.head(self.final_norm(x)), new_state
+        return self.final_norm(x), new_state

@@ -18,7 +18,8 @@ from newllm_kernels import backends, tuning
 from newllm_kernels.gated_scan_layer_norm import composed
 from newllm_kernels.layer_norm.triton import as_rows, normalise_rows, reduce_partials
 from newllm_kernels.layer_norm.triton_tiles import WEIGHTS, RowTile, chosen, weights_tile
-from newllm_kernels.scan.triton import NormGradient, columns, plan, run_backward
+from newllm_kernels.scan.triton import NormGradient, columns, run_backward
+from newllm_kernels.scan.triton_plan import plan
 from newllm_kernels.triton_support import contiguous, kernel
 
 

@@ -46,6 +46,8 @@ def refused(result, said):
         (["train", "extra"], "unrecognized arguments: extra"),
         (["train", "--steps", "0"], "--steps: got 0"),
         (["train", "--stop-after", "0"], "--stop-after: got 0"),
+        (["train", "--max-minutes", "0"], "--max-minutes: got 0"),
+        (["train", "--max-minutes", "nan"], "--max-minutes: got nan"),
         (["train", "--lr", "nan"], "--lr: got nan"),
         (["train", "--seed", str(2**70)], "--seed"),
         (["train", "--batch-size", "-4"], "--batch-size: got -4"),

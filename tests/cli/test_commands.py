@@ -69,6 +69,17 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(newllm, text):
         ["--hops", 2, "--fnn-layers", 1, "--hidden-dim", 12, "--activation", "relu"],
         ["--coupling", "full", "--norm", "state", "--no-tie-embeddings"],
         ["--norm", "none", "--grad-accum", 2, "--precision", "bfloat16"],
+        [
+            "--softmaxes",
+            2,
+            "--locked-dropout",
+            "--random-segments",
+            "--optimizer",
+            "sgd",
+            "--average",
+            1,
+            "--no-cuda-graph",
+        ],
     ],
     ids=str,
 )
@@ -148,6 +159,28 @@ def test_eval_of_splits_and_of_another_text(newllm, trained, tmp_path):
     (name, score), = scores("--data", str(other)).items()  # fmt: skip
     assert name == "all"
     assert score["perplexity"] > 2 * splits["train"]["perplexity"]
+
+
+def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures(newllm, trained):
+    options = ["--split", "valid", "--by-position", "--dynamic", "--dynamic-lr", 0.003, "--threads", 1]
+    row = json.loads(newllm("eval", "--json", *options).out)["splits"]["valid"]
+    plain = json.loads(newllm("eval", "--json", "--split", "valid", "--threads", 1).out)["splits"]["valid"]
+    assert {name: row[name] for name in plain} == plain
+    assert sum(place["tokens"] for place in row["by_position"]) == row["tokens"]
+    assert row["dynamic"]["tokens"] == row["tokens"]
+    assert row["dynamic"]["perplexity"] != row["perplexity"]
+    assert (row["dynamic"]["lr"], row["dynamic"]["decay"], row["dynamic"]["segment"]) == (0.003, 0.001, 32)
+    out = newllm("eval", *options).out
+    assert f"{row['dynamic']['perplexity']:,.2f}" in out
+    assert "by place in the document" in out
+
+
+def test_minutes_stop_a_run_that_resumes(newllm, text):
+    code, out, _ = newllm("train", "--data", text, *TINY, "--run", "slice", "--max-minutes", 1e-9)
+    assert code == 0
+    assert "stopped at step 0 of 20" in out
+    assert newllm("train", "--resume", "slice", "--max-minutes", 5).code == 0
+    assert Run(find_run("slice").path).metrics()[-1]["step"] == 20
 
 
 def test_generate_with_a_seed_is_reproducible(newllm, trained):

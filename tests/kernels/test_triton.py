@@ -126,11 +126,11 @@ def test_without_a_start_state(function):
 @pytest.mark.parametrize(("function", "options"), [("scan", {}), ("scan", {"reverse": True}), ("gated_scan", {})])
 def test_every_way_through_time(function, options, way, monkeypatch):
     """Whatever the plan would be. Look-back: more than one group of chunks."""
-    from newllm_kernels.scan import triton
+    from newllm_kernels.scan import triton_plan
 
-    plan = triton.plan
+    plan = triton_plan.plan
     small = {} if GPU else {"R": 1, "G": 4}
-    monkeypatch.setattr(triton, "plan", lambda *args: plan(*args)._replace(way=way, chunks=3, **small))
+    monkeypatch.setattr(triton_plan, "plan", lambda *args: plan(*args)._replace(way=way, chunks=3, **small))
     check(place(make(function, *((2, 5000) if GPU else (1, 90)), 9, **options)))
 
 

@@ -25,6 +25,7 @@ def walk() -> dict[str, ModelConfig]:
                 if coupling != "none" and fnn_layers:
                     configs[f"classic-{name}"] = ModelConfig(architecture="classic", **settings)
     configs["newllm-untied-tanh-clamped"] = ModelConfig(**SMALL, activation="tanh", clamp=1.0, tie_embeddings=False)
+    configs["newllm-mixture"] = ModelConfig(**SMALL, softmaxes=3)
     for window in (5, 64):  # shorter and longer than the texts of the tests
         configs[f"transformer-window{window}"] = ModelConfig(
             architecture="transformer", vocab_size=VOCAB, embed_dim=12, num_heads=3, ffn_dim=13, max_seq_len=window

@@ -46,6 +46,14 @@ def test_round_trip_keeps_what_differs_from_the_defaults():
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("dropout", float("nan")),
+        ("dropout", None),
+        ("input_dropout", 1),
+        ("output_dropout", -1),
+        ("embed_dropout", "much"),
+        ("recurrent_dropout", 1.0),
+        ("recurrent_dropout", 0.5),  # of coupling="none": no weight reads the context
+        ("locked_dropout", 1),
+        ("softmaxes", 0),
         ("tie_embeddings", 1),
     ],
 )

@@ -15,7 +15,8 @@ from newllm.errors import UserError
 
 
 def drain(streams, steps):
-    return [streams.next() for _ in range(steps)]
+    segments = [streams.next() for _ in range(steps)]
+    return [(*streams.window(segment.offset, segment.length), segment.fresh) for segment in segments]
 
 
 @pytest.mark.parametrize(("n", "B", "T"), [(60, 3, 5), (61, 4, 3), (64, 1, 8)])
@@ -64,6 +65,36 @@ def test_streams_go_on_where_their_state_says():
             assert torch.equal(got[0], want[0])
             assert torch.equal(got[1], want[1])
             assert got[2] == want[2]
+
+
+def test_random_segments_run_on_have_few_lengths_and_go_on_where_their_state_says():
+    n, B, T = 5000, 2, 16
+
+    def make():
+        return Streams(np.arange(n, dtype=np.uint16), B, T, seed=0, random=True)
+
+    streams = make()
+    for _ in range(2):
+        segments = drain(streams, 1)
+        segments += drain(streams, streams.segments_per_epoch - 1)
+        assert [fresh for *_, fresh in segments] == [True] + [False] * (len(segments) - 1)
+        assert {x.shape[1] for x, _, _ in segments} == {8, 14, 16, 18}
+        inputs, targets = (torch.cat(parts, dim=1) for parts in list(zip(*segments, strict=True))[:2])
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        assert n // B - 18 <= inputs.shape[1] <= n // B
+        assert len(inputs.unique()) == inputs.numel()
+    for stop in (3, 200):
+        first, second = make(), make()
+        drain(first, stop)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for got, want in zip(drain(second, 200), drain(first, 200), strict=True):
+            assert torch.equal(got[0], want[0])
+
+
+def test_a_window_at_an_offset_in_a_tensor_is_that_at_the_number():
+    streams = Streams(np.arange(90, dtype=np.uint16), 2, 7, seed=3)
+    for one, other in zip(streams.window(torch.tensor(61), 7), streams.window(61, 7), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_streams_refuse_a_text_too_short():

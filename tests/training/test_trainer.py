@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from torch.nn import functional as F
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
+from newllm.data import Segment
 from newllm.errors import UserError
-from newllm.evaluation import Score, evaluate, unigram_score
+from newllm.evaluation import Score, by_position, document_starts, evaluate, unigram_score
 from newllm.model import build_model
 from newllm.run import Run
-from newllm.training import Trainer, TrainingConfig
+from newllm.training import Trainer
+from newllm.training_config import TrainingConfig
 
 VOCAB = 17
 MODEL = ModelConfig(
@@ -101,8 +104,9 @@ def test_best_checkpoint_is_the_one_of_the_lowest_validation_loss(tmp_path, monk
 
 
 def batches_of(one, batches):
-    """Let a trainer read these (inputs, targets, fresh) instead of its streams'."""
-    one.streams.next = iter(batches).__next__
+    """Let a trainer read these (inputs, targets), each the start of a text, instead of its streams'."""
+    one.streams.next = (Segment(n, x.shape[1], True) for n, (x, _) in enumerate(batches)).__next__
+    one.streams.window = lambda offset, length: batches[int(offset)]
     return one
 
 
@@ -119,9 +123,9 @@ def test_accumulated_gradients_are_those_of_the_bigger_batch(tmp_path, model):
     model = dataclasses.replace(model, dropout=0.0)  # drawn per pass: no two batch shapes draw alike
     tokens = torch.randint(VOCAB, (8, 9), generator=torch.Generator().manual_seed(0))
     x, y = tokens[:, :-1], tokens[:, 1:]
-    halves = [(x[:4], y[:4], True), (x[4:], y[4:], True)]
+    halves = [(x[:4], y[:4]), (x[4:], y[4:])]
     no_clip = {"clip": 1e9}
-    whole = gradients_of(batches_of(trainer(tmp_path / "whole", model, **no_clip), [(x, y, True)]))
+    whole = gradients_of(batches_of(trainer(tmp_path / "whole", model, **no_clip), [(x, y)]))
     parts = gradients_of(batches_of(trainer(tmp_path / "parts", model, grad_accum=2, **no_clip), halves))
     for name, want in whole.items():
         # float32 sums in another order: some 1e-7 a term, 1e-5 after a dozen layers of them.
@@ -135,7 +139,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     one.train(1)
     total = torch.stack([p.grad.norm() for p in one.model.parameters()]).norm().item()
     assert total == pytest.approx(0.01, rel=1e-3)  # PyTorch adds 1e-6 to the norm it divides by
-    assert one._grad_norm > 0.05  # what is logged is the norm before
+    assert one.weights.grad_norm > 0.05  # what is logged is the norm before
 
 
 def test_the_context_is_carried_from_segment_to_segment(tmp_path):
@@ -144,7 +148,12 @@ def test_the_context_is_carried_from_segment_to_segment(tmp_path):
     one = trainer(tmp_path, model, lr=1e-30)  # weights stay as they are
     seen = []
     real = one.forward
-    one.forward = lambda tokens, state: (seen.append((tokens, state)), real(tokens, state))[1]
+
+    def forward(tokens, state):
+        seen.append((tokens, state and {name: value.clone() for name, value in state.items()}))
+        return real(tokens, state)
+
+    one.forward = forward
     one.train(2)
     (first, start), (second, carried) = seen
     assert start is None
@@ -246,6 +255,64 @@ def test_a_diverged_model_never_replaces_a_good_checkpoint(tmp_path, where):
     assert one.run.last_file.read_bytes() == good
 
 
+def test_penalties_are_added_to_the_objective_and_not_to_the_loss_that_is_logged(tmp_path):
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    plain = trainer(tmp_path / "plain", model, clip=1e9)
+    both = trainer(tmp_path / "both", model, clip=1e9, activation_penalty=2.0, change_penalty=3.0)
+    gradients = gradients_of(plain)
+    features = plain.forward(plain.streams.window(0, 8)[0], None)[0]
+    penalty = 2 * features.square().mean() + 3 * features.diff(dim=1).square().mean()
+    wanted = torch.autograd.grad(penalty, list(plain.model.parameters()), allow_unused=True)
+    got = gradients_of(both)
+    for (name, gradient), more in zip(gradients.items(), wanted, strict=True):
+        torch.testing.assert_close(got[name], gradient if more is None else gradient + more, rtol=1e-4, atol=1e-6)
+    assert both._loss_sum == plain._loss_sum
+
+
+def test_shorter_segments_take_shorter_steps(tmp_path):
+    one = trainer(tmp_path, random_segments=True, segment=16, steps=40, warmup=0, schedule="constant")
+    rates = []
+    real = one._segment
+    one._segment = lambda segment, first: (rates.append(segment.length), real(segment, first))
+    lengths = []
+    update = one.weights.update
+    one.weights.update = lambda averaged: (lengths.append(one.optimizer.param_groups[0]["lr"]), update(averaged))
+    one.train()
+    assert len(set(rates)) > 2
+    assert lengths == pytest.approx([CONFIG.lr * length / 16 for length in rates])
+    assert one.tokens == 4 * sum(rates)
+
+
+def test_minutes_end_a_session_which_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    clock = iter(range(10_000))
+    with monkeypatch.context() as patch:
+        patch.setattr("newllm.training.time.monotonic", lambda: float(next(clock)))  # a second passes at every look
+        first = trainer(tmp_path / "parts")
+        assert first.train(max_minutes=0.1) is None
+    assert 0 < first.step < 12
+    assert first.step == checkpoint.load(first.run.last_file)[1]["step"]
+    second = trainer(tmp_path / "parts")
+    second.load()
+    second.train(max_minutes=60)
+    assert second.step == 12
+    assert losses(second.run) == losses(straight.run)
+    assert all(torch.equal(weights(second)[name], want) for name, want in weights(straight).items())
+
+
+def test_the_average_is_what_is_scored_and_kept(tmp_path):
+    one = trainer(tmp_path, average=1.0, average_start=6)
+    one.train()
+    best = checkpoint.with_prefix("model", checkpoint.load(one.run.best_file)[0])
+    mean = checkpoint.model_tensors(one.weights.average)
+    score = evaluate(one.weights.average, one.valid, limit=64)
+    assert [r["valid_loss"] for r in one.run.metrics() if "valid_loss" in r][-1] == score.loss
+    assert score.loss == one.best_loss
+    assert all(torch.equal(best[name], value) for name, value in mean.items())
+    assert not all(torch.equal(best[name], value) for name, value in weights(one).items())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop_and_handlers_are_put_back(tmp_path, number):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -272,15 +339,34 @@ def test_training_works_outside_the_main_thread(tmp_path):
     assert one.step == CONFIG.steps
 
 
-def test_bfloat16_autocast_trains_float32_weights(tmp_path):
-    one = trainer(tmp_path, precision="bfloat16", steps=4)
+@pytest.mark.parametrize("model", [MODEL, FULL, TRANSFORMER], ids=["none", "full", "transformer"])
+def test_bfloat16_computes_with_a_copy_of_float32_weights(tmp_path, model):
+    one = trainer(tmp_path, model, precision="bfloat16", steps=4)
     seen = []
     real = one.forward
     one.forward = lambda tokens, state: (lambda out: (seen.append(out), out)[1])(real(tokens, state))
     one.train()
-    assert all(logits.dtype == torch.bfloat16 for logits, _ in seen)
-    assert all(value.dtype == torch.float32 for _, state in seen for value in state.values())
-    assert all(p.dtype == torch.float32 for p in one.model.parameters())
+    assert all(x.dtype == torch.bfloat16 for x, _ in seen)
+    if model.architecture != "transformer":
+        assert all(value.dtype == torch.float32 for _, state in seen for value in state.values())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in one.model.parameters())
+    computing = one.weights.computing
+    assert computing.head.weight is computing.embedding.weight
+    for low, p in zip(computing.parameters(), one.model.parameters(), strict=True):
+        assert torch.equal(low, p.to(low.dtype))
+    assert {low.dtype for low in computing.parameters()} == {torch.bfloat16, torch.float32}
+    # The best checkpoint is what was evaluated, at half the size.
+    best = checkpoint.with_prefix("model", checkpoint.load(one.run.best_file)[0])
+    assert best["embedding.weight"].dtype == torch.bfloat16
+
+
+def test_bfloat16_gradients_are_those_of_float32_but_for_rounding(tmp_path):
+    """Some ten layers of rounding to 8 bits: a few percent, as the forward (tests/model)."""
+    model = dataclasses.replace(FULL, dropout=0.0)
+    exact = gradients_of(trainer(tmp_path / "exact", model, clip=1e9))
+    low = gradients_of(trainer(tmp_path / "low", model, clip=1e9, precision="bfloat16"))
+    total = sum((low[name] - want).square().sum() for name, want in exact.items()).sqrt()
+    assert total < 0.05 * sum(want.square().sum() for want in exact.values()).sqrt()
 
 
 @pytest.mark.parametrize("model", [MODEL, FULL, TRANSFORMER], ids=["none", "full", "transformer"])
@@ -308,6 +394,21 @@ def test_evaluation_refuses_what_it_cannot_score():
         evaluate(model, np.zeros(1, np.uint16))
     with pytest.raises(UserError, match="token 17, the model's vocabulary only 17"):
         evaluate(model, np.array([1, 17], np.uint16))
+
+
+def test_losses_by_position_in_documents():
+    losses = np.arange(1.0, 12.0, dtype=np.float32)  # of tokens 1 to 11
+    rows = by_position(losses, np.array([0, 6]))  # 0..5 are one document, 6..11 the other
+    assert [(row["first"], row["last"], row["tokens"]) for row in rows] == [(0, 0, 1), (1, 1, 2), (2, 3, 4), (4, 7, 4)]
+    assert [row["loss"] for row in rows] == [6.0, (1 + 7) / 2, (2 + 3 + 8 + 9) / 4, (4 + 5 + 10 + 11) / 4]
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(6))
+
+
+def test_document_starts_are_after_the_ends_but_for_words():
+    tokens = np.array([5, 0, 4, 4, 0], np.uint16)
+    bpe, word = SimpleNamespace(kind="bpe", eos_id=0), SimpleNamespace(kind="word", eos_id=0)
+    assert document_starts(tokens, bpe).tolist() == [0, 2]
+    assert document_starts(tokens, word).tolist() == [0]
 
 
 def test_unigram_by_hand():

@@ -11,14 +11,8 @@ import torch
 from newllm.config import ModelConfig
 from newllm.errors import UserError
 from newllm.model import build_model
-from newllm.training import (
-    TRAINING_PRESETS,
-    TrainingConfig,
-    autocast_dtype,
-    choose_device,
-    learning_rate,
-    make_optimizer,
-)  # fmt: skip
+from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device, compute_dtype, learning_rate
+from newllm.weights import make_optimizer
 
 CONFIG = TrainingConfig(steps=110, warmup=10, lr=2.0, min_lr=0.25)
 
@@ -37,6 +31,13 @@ CONFIG = TrainingConfig(steps=110, warmup=10, lr=2.0, min_lr=0.25)
 )
 def test_schedule_values(step, want):
     assert learning_rate(CONFIG, step) == pytest.approx(want, rel=1e-12)
+
+
+def test_other_schedules():
+    linear = dataclasses.replace(CONFIG, schedule="linear")
+    assert [learning_rate(linear, step) for step in (9, 10, 43, 109)] == pytest.approx([2.0, 2.0, 1.5, 0.5])
+    constant = dataclasses.replace(CONFIG, schedule="constant")
+    assert [learning_rate(constant, step) for step in (0, 10, 109)] == [0.2, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 20), (5, 20), (19, 20), (20, 20), (50, 20), (0, 1)])
@@ -72,6 +73,8 @@ def test_matrices_decay_and_vectors_do_not(architecture):
         ("warmup", -1), ("seed", -1), ("seed", 2**63), ("threads", -2), ("eval_every", 0), ("checkpoint_every", 0),
         ("lr", 0), ("lr", math.nan), ("lr", math.inf), ("lr", "big"), ("clip", 0), ("weight_decay", -0.1),
         ("min_lr", 1.1), ("beta2", 1), ("precision", "float16"), ("device", 3), ("compile", "yes"),
+        ("cuda_graph", 1), ("random_segments", None), ("schedule", "step"), ("optimizer", "adam"), ("average", 1.1),
+        ("average_start", -1), ("average_every", 0), ("activation_penalty", -1), ("change_penalty", math.inf), ("beta1", 1.0), ("lr", True),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(field, value):
@@ -96,6 +99,6 @@ def test_devices_and_precisions():
     for name, said in [("gpu", "no such device"), ("meta", "not supported"), ("cuda:99", "CUDA devices")]:
         with pytest.raises(UserError, match=f"--device {name}.*{said}"):
             choose_device(name)
-    assert autocast_dtype("auto", cpu) is None
-    assert autocast_dtype("float32", cpu) is None
-    assert autocast_dtype("bfloat16", cpu) is torch.bfloat16
+    assert compute_dtype("auto", cpu) is torch.float32
+    assert compute_dtype("float32", cpu) is torch.float32
+    assert compute_dtype("bfloat16", cpu) is torch.bfloat16

@@ -1,0 +1,140 @@
+"""The weights of a training run: float32 masters, the copy that computes, the optimizer, a running average.
+
+In bfloat16 a model computes with a copy of its matrices in that dtype, made once a step, instead of casting each of them
+wherever it is used (autocast): fewer launches, and a residual stream of half the bytes. Gradients are collected in
+float32; AdamW and the average see float32 only. Norms and start contexts stay float32 in the copy too.
+
+Everything here but `__init__` can be captured in a CUDA graph: what changes from step to step, the learning rate and the
+rate of averaging, lies in tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from newllm.model import LanguageModel
+from newllm.training_config import TrainingConfig
+
+
+def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """The model itself for float32; else a copy whose linear layers and embeddings are of `dtype`, ties kept."""
+    if dtype == torch.float32:
+        return model
+    low = copy.deepcopy(model)
+    for module in low.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to(dtype)
+    return low
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD that decays matrices and leaves vectors (biases, norms, start contexts) alone.
+
+    On a GPU it is one fused kernel over all weights, its learning rate a tensor, so that a CUDA graph can hold it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    cuda = parameters[0].is_cuda
+    lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, fused=cuda)
+    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=cuda, capturable=cuda)
+
+
+@torch.no_grad()
+def copy_all(to: list[Tensor], of: list[Tensor]) -> None:
+    """Copy every tensor of `of` into its counterpart, in one launch per pair of dtypes: mixed lists go one by one."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(to, of, strict=True):
+        groups.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for pairs in groups.values():
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+class Weights:
+    """`masters` are trained, `computing` computes forward and backward (the same module in float32), `average` is what is
+    evaluated where the config wants one (else None)."""
+
+    def __init__(self, masters: LanguageModel, config: TrainingConfig, dtype: torch.dtype) -> None:
+        self.masters, self.config = masters, config
+        self.computing = in_dtype(masters, dtype)
+        self.optimizer = make_optimizer(masters, config)
+        self.parameters = list(masters.parameters())
+        self.copies = [] if self.computing is masters else list(self.computing.parameters())
+        if self.parameters[0].is_cuda:  # for graphs: memory that stays
+            for master in self.parameters:
+                master.grad = torch.zeros_like(master)
+        self.average = copy.deepcopy(masters).requires_grad_(False) if config.average else None
+        device = self.parameters[0].device
+        self.rate = torch.zeros((), device=device)  # of the step to be averaged
+        self.grad_norm = torch.zeros((), device=device)  # of the last step, before clipping
+
+    def averages(self, step: int) -> bool:
+        """Whether the weights that `step` leaves are taken into the average."""
+        after = step - self.config.average_start
+        return self.average is not None and after >= 0 and after % self.config.average_every == 0
+
+    def set_rates(self, lr: float, step: int) -> None:
+        """Learning rate, and rate of averaging, of `step`: the plain mean until its rate falls to that of the decay."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.averages(step):
+            every = self.config.average_every
+            held = (step - self.config.average_start) // every  # weights that the average holds already
+            self.rate.fill_(max(1 - self.config.average**every, 1 / (held + 1)))
+
+    def collect_gradients(self, first: bool) -> None:
+        """Take over the gradients of the copy; `first`: of the step, so that there is nothing to add them to."""
+        if not self.copies:
+            return  # autograd has added them up where they belong
+        for master, low in zip(self.parameters, self.copies, strict=True):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if low.grad is None:  # a start context in the middle of a text
+                low.grad = torch.zeros_like(low)
+        masters, lows = [p.grad for p in self.parameters], [p.grad for p in self.copies]
+        if first:
+            copy_all(masters, lows)
+        else:
+            torch._foreach_add_(masters, [low.to(master.dtype) for master, low in zip(masters, lows, strict=True)])
+        for low in self.copies:
+            low.grad = None
+
+    @torch.no_grad()
+    def update(self, averaged: bool) -> None:
+        """Clip, step, average if this step is to be averaged, and give the copy the new weights."""
+        self.grad_norm.copy_(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        self.optimizer.step()
+        if averaged:
+            average = list(self.average.parameters())
+            ahead = torch._foreach_sub(self.parameters, average)
+            torch._foreach_mul_(ahead, self.rate)
+            torch._foreach_add_(average, ahead)
+        if self.copies:
+            copy_all(self.copies, self.parameters)
+        else:
+            # A graph adds to the memory it was captured with, so on a GPU that has to stay.
+            self.optimizer.zero_grad(set_to_none=not self.parameters[0].is_cuda)
+
+    def refresh_copy(self) -> None:
+        """After the masters were written from outside."""
+        copy_all(self.copies, self.parameters if self.copies else [])
+
+    def evaluated(self, steps: int) -> LanguageModel:
+        """The model that stands for this run after `steps` steps, computing as it does: the average once there is one.
+        Call `refresh_copy` when done with it."""
+        if self.average is None or steps <= self.config.average_start:
+            return self.computing
+        if not self.copies:
+            return self.average
+        copy_all(self.copies, list(self.average.parameters()))
+        return self.computing

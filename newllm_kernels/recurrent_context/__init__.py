@@ -1,0 +1,208 @@
+"""`recurrent_context`: the whole cell over a sequence, its hidden layers and gates inside the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm_kernels import backends, checks
+from newllm_kernels.numerics import acc_dtype
+from newllm_kernels.operator import define
+from newllm_kernels.recurrent_context import products, reference
+
+
+def recurrent_context(
+    z: Tensor,
+    context_weight: Tensor,
+    c0: Tensor | None = None,
+    hidden_weight: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    clamp: float | None = 10.0,
+    *,
+    activation: str = "silu",
+    norm: str | None = "state",
+) -> tuple[Tensor, Tensor]:
+    """The full cell: hidden layers and gates see the context that they are about to change.
+
+        a_1 = z_t + W_c r_{t-1},  h_k = act(a_k),  a_{k+1} = W_{k+1} h_k + b_{k+1}        k = 1 .. L
+        f, i, d = W_g h_L + b_g                                                          (L = 0: f, i, d = a_1)
+        u_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(d)
+        c_t = clamp(LayerNorm(u_t)), r_t = c_t        where norm="state"
+        c_t = u_t, r_t = clamp(LayerNorm(c_t))        where norm="output"
+        c_t = r_t = u_t                               where norm=None
+
+    Args:
+        z: (B, T, Z), the first layer's part that sees the token stream, W_x x_t + b_1: one matrix product for all T,
+            `F.linear(x, W[:, :E], b)` of a first layer W (Z, E + D). Z is H, or 3D where there is no hidden layer.
+            float32, bfloat16, float16 or float64; B and T may be strided.
+        context_weight: W_c (Z, D), the first layer's part that sees the context.
+        c0: (B, D) start state in z's dtype or float32 (float64 beside float64); None is zero, from which LayerNorm in the
+            loop divides by next to nothing: a learned start trains better.
+        hidden_weight, hidden_bias: W_2 .. W_L (L - 1, H, H) and (L - 1, H) of the further hidden layers, or None.
+        gate_weight, gate_bias: W_g (3D, H) and (3D,), the rows [f | i | d]; without gate_weight there is no hidden layer.
+        weight, bias: (D,) of LayerNorm, or None for 1 and 0; not read where norm=None.
+        eps: added to the variance.
+        clamp: bound on what LayerNorm gives, or None for none; not read where norm=None.
+        activation: "relu", "gelu" (the exact one), "silu" or "tanh".
+        norm: where LayerNorm stands: "state", "output" or None.
+
+        Weights may be of any dtype and are used in z's; biases stay float32 (float64 beside float64).
+
+    Returns:
+        c (B, T, D) in z's dtype, and the last state c_T (B, D) in float32 (float64 beside float64). The state is not
+        rounded from step to step. Both are differentiable, as are all tensors among the arguments.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was wanted.
+
+    Formula: the cell of docs/model.md under coupling "full".
+
+    >>> import torch, newllm_kernels as nk
+    >>> z, start = torch.zeros(1, 3, 6), torch.tensor([[-2.0, 2.0]])  # gates of zero, whatever the context
+    >>> c, last = nk.recurrent_context(z, torch.zeros(6, 2), start, eps=0.0)
+    >>> c.tolist(), last.tolist()
+    ([[[-1.0, 1.0], [-1.0, 1.0], [-1.0, 1.0]]], [[-1.0, 1.0]])
+    """
+    checks.tensor("z", z, "BTZ")
+    B, _, Z = z.shape
+    checks.tensor("context_weight", context_weight, "ZD")
+    D = context_weight.shape[1]
+    context_weight = checks.parameter("context_weight", context_weight, (Z, D), "z", z).to(z.dtype)
+    if gate_weight is None:
+        if Z != 3 * D:
+            raise ValueError(f"z: got shape {tuple(z.shape)}, wanted (B, T, {3 * D}), 3 * D, where gate_weight is None")
+        for name, value in (("hidden_weight", hidden_weight), ("hidden_bias", hidden_bias), ("gate_bias", gate_bias)):
+            if value is not None:
+                raise ValueError(f"{name}: got a tensor, wanted None where gate_weight is None")
+    else:
+        gate_weight = checks.parameter("gate_weight", gate_weight, (3 * D, Z), "z", z).to(z.dtype)
+        gate_bias = checks.parameter("gate_bias", gate_bias, (3 * D,), "z", z, optional=True)
+    if hidden_weight is not None:
+        checks.tensor("hidden_weight", hidden_weight, "LHH")
+        further = hidden_weight.shape[0]
+        hidden_weight = checks.parameter("hidden_weight", hidden_weight, (further, Z, Z), "z", z).to(z.dtype)
+        hidden_bias = checks.parameter("hidden_bias", hidden_bias, (further, Z), "z", z, optional=True)
+        if further == 0:
+            hidden_weight = hidden_bias = None
+    elif hidden_bias is not None:
+        raise ValueError("hidden_bias: got a tensor, wanted None where hidden_weight is None")
+    c0 = checks.state("c0", c0, (B, D), "z", z)
+    if c0 is None:
+        c0 = z.new_zeros((B, D), dtype=acc_dtype(z.dtype))
+    weight, bias = checks.affine("weight", weight, D, "z", z), checks.affine("bias", bias, D, "z", z)
+    eps, clamp = checks.eps(eps), checks.clamp(clamp)
+    kinds = checks.choice("activation", activation, reference.ACTIVATIONS), checks.choice("norm", norm, reference.NORMS)
+    # On a CPU products cost more than memory: what the backward needs is kept. A GPU computes it again in no time.
+    save = z.device.type == "cpu" and torch.is_grad_enabled()
+    weights = (context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias)
+    return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save)[:2]
+
+
+def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
+            activation, norm, save):  # fmt: skip
+    kernel = backends.select("recurrent_context", z, c0.shape[1]).forward
+    return kernel(
+        z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
+        activation, norm, save, False,
+    )[:3]  # fmt: skip
+
+
+def _width_of_pre(c0, hidden_weight, gate_weight):
+    H = 0 if gate_weight is None else gate_weight.shape[1]
+    return (1 + (0 if hidden_weight is None else hidden_weight.shape[0])) * H + 3 * c0.shape[1]
+
+
+def _fake(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
+          activation, norm, save):  # fmt: skip
+    B, T, _ = z.shape
+    pre = z.new_empty((B, T, _width_of_pre(c0, hidden_weight, gate_weight)) if save else (0,))
+    return z.new_empty((B, T, c0.shape[1])), c0.new_empty(c0.shape), pre
+
+
+def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
+                     gate_bias, weight, bias, eps, clamp, activation, norm, saved):  # fmt: skip
+    kernel = backends.select("recurrent_context", z, c0.shape[1]).backward
+    norm_weights = (weight, bias, eps, clamp)
+    acc_weight, acc_bias = (None if x is None else x.to(c0.dtype) for x in (weight, bias))
+    context_read = products.contexts_read(c, c0, acc_weight, acc_bias, eps, clamp, norm)
+    if not saved:
+        pre = products.pre_activations(
+            z, context_read, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, activation
+        )
+    grad_pre, hidden, grad_c0, grad_weight, grad_bias, _ = kernel(
+        grad_c, grad_c_last, pre, c, c0, context_weight, hidden_weight, gate_weight, *norm_weights, activation, norm,
+        False,
+    )  # fmt: skip
+    grad_z, *of_weights = products.gradients(
+        grad_pre, hidden, context_read, hidden_weight, hidden_bias, gate_weight, gate_bias
+    )
+    return grad_z, grad_c0, *of_weights, grad_weight, grad_bias
+
+
+def _fake_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
+                   gate_bias, weight, bias, eps, clamp, activation, norm, saved):  # fmt: skip
+    D = c0.shape[1]
+
+    def like(x):
+        return z.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    of_weights = (like(x) for x in (context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias))
+    return z.new_empty(z.shape), c0.new_empty(c0.shape), *of_weights, c0.new_empty(D), c0.new_empty(D)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, c0, *weights, ctx.eps, ctx.clamp, ctx.activation, ctx.norm, ctx.saved = inputs
+    c, _, pre = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre)
+    ctx.save_for_backward(z, c, pre, c0, *weights)
+
+
+def _backward(
+    ctx: Any, grad_c: Tensor | None, grad_c_last: Tensor | None, grad_pre: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_c is None and grad_c_last is None:
+        return (None,) * 14
+    tensors = ctx.saved_tensors
+    grads = _recurrent_context_backward(
+        grad_c, grad_c_last, *tensors, ctx.eps, ctx.clamp, ctx.activation, ctx.norm, ctx.saved
+    )
+    parameters = tensors[4:]
+    of_parameters = (None if p is None else g.to(p.dtype) for g, p in zip(grads[2:], parameters, strict=True))
+    return grads[0], grads[1], *of_parameters, None, None, None, None, None
+
+
+_WEIGHTS = (
+    "Tensor context_weight, Tensor? hidden_weight, Tensor? hidden_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "Tensor? weight, Tensor? bias, float eps, float clamp, int activation, int norm"
+)
+_recurrent_context_backward = define(
+    f"recurrent_context_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor z, Tensor c, Tensor pre, Tensor c0, {_WEIGHTS}"
+    ", bool saved) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel_backward,
+    _fake_backward,
+)
+_recurrent_context = define(
+    f"recurrent_context(Tensor z, Tensor c0, {_WEIGHTS}, bool save) -> (Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+backends.register(
+    "recurrent_context",
+    backends.Implementation(
+        "reference", reference.recurrent_context, reference.recurrent_context_backward, backends.supports_reference
+    ),
+)
+backends.register(
+    "recurrent_context", backends.native_implementation("recurrent_context", "cpu", backends.supports_cpu)
+)

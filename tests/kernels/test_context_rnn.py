@@ -1,0 +1,222 @@
+"""ContextRNN: the manners of torch.nn.LSTM, and the values of the cell it is made of."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from cases import relative_error
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import newllm_kernels as nk
+from newllm_kernels.recurrent_context import reference
+
+E, H, D, LAYERS = 5, 12, 7, 2
+CLOSE = 1e-12  # float64: only the order of additions differs
+
+
+def network(**options):
+    rnn = nk.ContextRNN(E, H, D, LAYERS, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in rnn.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # what begins as zero or one hides mistakes
+    return rnn
+
+
+def by_hand(rnn, x, state):
+    """The formula in plain PyTorch: x (N, T, E), state (layers, N, D)."""
+    ends = []
+    for layer, c in zip(rnn.layers, state, strict=True):
+        W = torch.cat((layer.from_input.weight, layer.context_weight), dim=1)
+        outputs = []
+        for x_t in x.unbind(1):
+            read = layer.norm(c).clamp(-10, 10) if layer.norm_kind == "output" else c
+            a = nn.functional.linear(torch.cat((x_t, read), dim=-1), W, layer.from_input.bias)
+            activate = {"silu": nn.functional.silu, "relu": torch.relu}[layer.activation]
+            for k in range(0 if layer.hidden_weight is None else len(layer.hidden_weight)):
+                a = nn.functional.linear(activate(a), layer.hidden_weight[k], layer.hidden_bias[k])
+            f, i, d = (a if layer.gates is None else layer.gates(activate(a))).chunk(3, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * d.tanh()
+            c = layer.norm(c).clamp(-10, 10) if layer.norm_kind == "state" else c
+            outputs.append(c)
+        x = torch.stack(outputs, dim=1)
+        ends.append(c)
+    return x, torch.stack(ends)
+
+
+@pytest.mark.parametrize("norm", reference.NORMS, ids=str)
+@pytest.mark.parametrize("fnn_layers", [0, 1, 3])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_the_formula(fnn_layers, norm, activation):
+    rnn = network(fnn_layers=fnn_layers, norm=norm, activation=activation, batch_first=True)
+    x = torch.randn(3, 9, E, dtype=torch.float64)
+    output, state = rnn(x)
+    want, want_state = by_hand(rnn, x, rnn.initial_state(3))
+    assert relative_error(output, want.detach()) < CLOSE
+    assert relative_error(state, want_state.detach()) < CLOSE
+    got = torch.autograd.grad(output.square().sum() + state.sum(), list(rnn.parameters()))
+    grads = torch.autograd.grad(want.square().sum() + want_state.sum(), list(rnn.parameters()))
+    for (name, _), x, y in zip(rnn.named_parameters(), got, grads, strict=True):
+        assert (x - y).norm() <= 1e-9 * y.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("norm", reference.NORMS, ids=str)
+@pytest.mark.parametrize("fnn_layers", [0, 1, 3])
+def test_single_steps_are_the_whole(fnn_layers, norm):
+    rnn = network(fnn_layers=fnn_layers, norm=norm, batch_first=True)
+    x = torch.randn(2, 6, E, dtype=torch.float64)
+    want, end = rnn(x)
+    state, outputs = None, []
+    for x_t in x.split(1, dim=1):
+        output, state = rnn(x_t, state)
+        outputs.append(output)
+    assert relative_error(torch.cat(outputs, dim=1), want.detach()) < CLOSE
+    assert relative_error(state, end.detach()) < CLOSE
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, E), (4, E), (1, 3, E)], ids=str)
+def test_shapes_are_those_of_lstm(shape, batch_first):
+    theirs = nn.LSTM(E, D, LAYERS, batch_first=batch_first)
+    ours = nk.ContextRNN(E, H, D, LAYERS, batch_first=batch_first)
+    x = torch.randn(shape)
+    want, (want_state, _) = theirs(x)
+    output, state = ours(x)
+    assert output.shape == want.shape
+    assert state.shape == want_state.shape
+    again, _ = ours(x, state)
+    assert again.shape == want.shape
+    assert not torch.equal(again, output)
+
+
+def test_batch_first_and_no_batch_are_the_same_network():
+    first, second = network(batch_first=True), network()
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 6, E, dtype=torch.float64)
+    want, end = first(x)
+    output, state = second(x.transpose(0, 1))
+    assert torch.equal(output, want.transpose(0, 1))
+    assert torch.equal(state, end)
+    alone, alone_state = second(x[1])
+    assert relative_error(alone, want[1].detach()) < CLOSE
+    assert relative_error(alone_state, end[:, 1].detach()) < CLOSE
+    assert relative_error(second(x[1], end[:, 1])[1], first(x, end)[1][:, 1].detach()) < CLOSE
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed_sequences(with_state):
+    """Each sequence as if it were alone: outputs, its own last state, gradients; in any order, several of one length."""
+    rnn = network()
+    lengths = [4, 9, 1, 4, 7]
+    sequences = [torch.randn(n, E, dtype=torch.float64, requires_grad=True) for n in lengths]
+    start = torch.randn(LAYERS, len(lengths), D, dtype=torch.float64) if with_state else None
+    output, state = rnn(pack_sequence(sequences, enforce_sorted=False), start)
+    padded, got_lengths = pad_packed_sequence(output)
+    assert got_lengths.tolist() == lengths
+    loss = output.data.square().sum() + state.square().sum()
+    grads = torch.autograd.grad(loss, sequences)
+    for n, x in enumerate(sequences):
+        alone, end = rnn(x, None if start is None else start[:, n])
+        assert relative_error(padded[: lengths[n], n], alone.detach()) < CLOSE
+        assert relative_error(state[:, n], end.detach()) < CLOSE
+        (grad,) = torch.autograd.grad(alone.square().sum() + end.square().sum(), x)
+        assert relative_error(grads[n], grad) < 1e-10
+
+
+def test_packing_is_taken_as_lstm_takes_it():
+    theirs, ours = nn.LSTM(E, D, LAYERS), nk.ContextRNN(E, H, D, LAYERS)
+    packed = pack_padded_sequence(torch.randn(6, 3, E), torch.tensor([2, 6, 3]), enforce_sorted=False)
+    want, (want_state, _) = theirs(packed)
+    output, state = ours(packed)
+    assert state.shape == want_state.shape
+    for x, y in zip(output[1:], want[1:], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_dropout_is_between_layers_and_in_training_only():
+    rnn = network(dropout=0.5, batch_first=True)
+    x = torch.randn(2, 5, E, dtype=torch.float64)
+    assert not torch.equal(rnn(x)[0], rnn(x)[0])
+    assert torch.equal(rnn(x)[1][0], rnn(x)[1][0])  # the first layer is not touched
+    rnn.eval()
+    assert torch.equal(rnn(x)[0], rnn(x)[0])
+    assert (rnn.train()(x)[0] != 0).all()  # nor is what comes out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_dtypes(dtype):
+    rnn = nk.ContextRNN(E, H, D, dtype=dtype)
+    for T in (1, 4):
+        output, state = rnn(torch.randn(T, 2, E, dtype=dtype))
+        assert output.dtype == dtype
+        assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        output.float().sum().backward()
+    assert all(p.grad.dtype == dtype for p in rnn.parameters())
+
+
+def test_autocast():
+    rnn, x = nk.ContextRNN(E, H, D, LAYERS), torch.randn(4, 2, E)
+    want, _ = rnn(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = rnn(x)
+    assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_error(output, want.detach().double()) < 3e-2  # bfloat16 weights and inputs, 2^-9 each, in a loop
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in rnn.parameters())
+
+
+def test_state_dict_goes_to_a_file_and_back():
+    first, second = network(fnn_layers=2), network(fnn_layers=2)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(4, 2, E, dtype=torch.float64)
+    assert torch.equal(first(x)[0], second(x)[0])
+
+
+def test_starts_with_unit_variance_and_spread_memories():
+    rnn = nk.ContextRNN(64, 128, 256, num_layers=2)
+    for layer in rnn.layers:
+        assert 0.8 < layer.start.std() < 1.2
+        assert layer.gates.bias[:256].tolist() == torch.linspace(0.0, 4.0, 256).tolist()
+    output, _ = rnn(torch.randn(20, 3, 64))
+    assert 0.9 < output.std() < 1.1  # LayerNorm in the loop
+
+
+def test_compiles_whole():
+    rnn, x = network(batch_first=True), torch.randn(2, 5, E, dtype=torch.float64)
+    run = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(x)[0], rnn(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_size": 0}, "input_size: got 0"),
+        ({"context_dim": 2.0}, "context_dim: got 2.0"),
+        ({"fnn_layers": -1}, "fnn_layers: got -1"),
+        ({"activation": "elu"}, "activation: got 'elu'"),
+        ({"norm": "batch"}, "norm: got 'batch'"),
+        ({"clamp": 0}, "clamp: got 0"),
+        ({"dropout": 1.0}, "dropout: got 1.0"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        nk.ContextRNN(**({"input_size": E, "hidden_dim": H, "context_dim": D} | options))
+
+
+def test_bad_inputs():
+    rnn = nk.ContextRNN(E, H, D, LAYERS)
+    for x, words in (([1.0], "x: got list"), (torch.zeros(4, 2, 6), r"x: got \(4, 2, 6\), wanted \(T, N, 5\)")):
+        with pytest.raises(ValueError, match=words):
+            rnn(x)
+    x = torch.zeros(4, 2, E)
+    for state in (torch.zeros(LAYERS, 3, D), torch.zeros(2, D)):
+        with pytest.raises(ValueError, match=r"state: got .* wanted \(2, 2, 7\)"):
+            rnn(x, state)
+    with pytest.raises(ValueError, match=r"x: got packed data \(8, 6\)"):
+        rnn(pack_sequence([torch.zeros(4, 6), torch.zeros(4, 6)]))
