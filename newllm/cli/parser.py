@@ -220,6 +220,10 @@ def _generate_options(parser: Parser) -> None:
     parser.add_argument(
         "--stop-at-eos", action="store_true", help="stop where the model ends its text (word: its line)"
     )
+    parser.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
+        help="on a GPU, capture the step in a CUDA graph (default)",
+    )  # fmt: skip
     _run_options(parser)
 
 

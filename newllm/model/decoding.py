@@ -11,6 +11,8 @@ It computes what `model(tokens[:, None], state)` does, in another order of addit
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,38 @@ from newllm.model.classic import Classic
 from newllm.model.common import LanguageModel, State
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
+from newllm.model.transformer import Transformer
 from newllm_kernels import LayerNorm
+from newllm_kernels.decode_linear import MOST_ROWS
 from newllm_kernels.decode_linear.program import Activation, DecodeLayer, DecodeProgram
 from newllm_kernels.numerics import acc_dtype
 
 
-def make_decoder(model: LanguageModel, rows: int) -> ProgramDecoder | None:
-    """The decoder of a recurrent model for `rows` texts; it reads the model's weights where they lie when it is made."""
-    if not isinstance(model, (NewLLM, Classic)):
+class Decoder(Protocol):
+    """tokens (B,) int64 and logits (B, V) that stay in place, and a state between them."""
+
+    tokens: Tensor
+    logits: Tensor
+
+    def load(self, state: State) -> None: ...
+
+    def run(self) -> None: ...
+
+
+def make_decoder(model: LanguageModel, rows: int) -> Decoder | None:
+    """The decoder of a model for `rows` texts; it reads the model's weights where they lie when it is made.
+
+    None for a mixture of softmaxes, for more than 16 texts, and for a Transformer where there is no Triton.
+    """
+    if getattr(model, "mixture", None) is not None or rows > MOST_ROWS:
         return None
-    return ProgramDecoder(model, rows)
+    if isinstance(model, (NewLLM, Classic)):
+        return ProgramDecoder(model, rows)
+    if isinstance(model, Transformer) and find_spec("triton"):
+        from newllm.model.decoding_transformer import CacheDecoder  # not at the top: it needs Triton
+
+        return CacheDecoder(model, rows)
+    return None
 
 
 class ProgramDecoder:
@@ -82,7 +106,7 @@ class _Cell:
         self.cell, self.activation, self.contexts, self.source = cell, activation, contexts, source
         self.D = cell.start.numel()
         self.read_out: dict[str, object] = {}  # how the layer above reads the last hop's context
-        self.from_x = Activation(cell.from_x.out_features)
+        self.from_x = Activation(cell.from_x.out_features, exact=True)
 
     def layers(self, output_gate: Tensor | None = None, gate: Activation | None = None) -> Iterator[DecodeLayer]:
         """Everything up to the new contexts. `gate` takes silu of the output gate's product."""
@@ -128,7 +152,9 @@ class _Cell:
 
     def _update(self, hop: int, made: dict[str, object], last: bool) -> Iterator[DecodeLayer]:
         cell, state = self.cell, self.contexts[hop]
-        context = Activation(self.D)
+        # A layer whose every block reads the whole old context cannot put the new one in its place.
+        reads_it = made["x"] is state
+        context = Activation(self.D, exact=reads_it or cell.norm_kind == "state")  # what becomes the state is float32
         several = len(self.contexts) > 1  # then this context is another hop's input
         if cell.norm_kind == "state":
             # What is normalised before it becomes the state: by the layer that reads it, or by one for that purpose.
@@ -139,8 +165,6 @@ class _Cell:
             else:
                 yield DecodeLayer(**normalised, weights=(cell.start.new_empty(0, self.D),), after_all=True)
             return
-        # A layer whose every block reads the whole old context cannot put the new one in its place.
-        reads_it = made["x"] is state
         yield DecodeLayer(
             **made, state=state, state_out=None if reads_it else state, context=context, epilogue="context", after_all=several
         )
@@ -163,7 +187,7 @@ def _block_layers(
     mixed, inner, thought = Activation(E), Activation(ffn.out.in_features), Activation(E)
     assert gate.width == D
     yield DecodeLayer(
-        **cell.read_out, factor=gate, weights=(mixer.out.weight,), residual=x, tokens=tokens, y=mixed
+        **cell.read_out, factor=gate, weights=(mixer.out.weight,), residual=x, residual_tokens=tokens, y=mixed
     )
     yield DecodeLayer(
         mixed, **_norm_of(block.ffn_norm), weights=ffn.gate_and_value.weight.chunk(2), y=inner, epilogue="gated"

@@ -16,7 +16,7 @@ from newllm_kernels.operator import define
 
 MOST_ROWS, MOST_PARTS = 16, 4
 PARTS = {"linear": (1,), "gated": (2,), "context": (3, 4)}
-NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER = 1, 2, 4, 8  # flags of the native operators
+NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER, PAIRS = 1, 2, 4, 8, 16  # flags of the native operators
 
 
 def decode_linear(
@@ -130,11 +130,11 @@ def check_layer(weights: list[Tensor], biases: list[Tensor | None], epilogue: st
 
 
 def interleaved_norm(weight: Tensor | None, bias: Tensor | None, width: int, like: Tensor) -> Tensor | None:
-    """LayerNorm's parameters as the CUDA kernel reads them: float32, four weights, four biases, ..., zeros past the end."""
+    """LayerNorm's parameters as the CUDA kernel reads them: four weights, four biases, ..., zeros past the end."""
     if weight is None and bias is None:
         return None
     quads = (width + 3) // 4
-    made = torch.zeros(quads * 4, 2, dtype=torch.float32, device=like.device)
+    made = torch.zeros(quads * 4, 2, dtype=like.dtype, device=like.device)
     made[:width, 0] = 1.0 if weight is None else weight
     if bias is not None:
         made[:width, 1] = bias
@@ -170,11 +170,11 @@ def _cuda(x, weights, biases, tokens, norm_weight, norm_bias, normalize, eps, cl
     shape, acc = (x.shape[0], weights[0].shape[0]), torch.float32
     y = x.new_empty(shape if epilogue != "context" or len(weights) == 4 else (0,), dtype=acc)
     context = x.new_empty(shape if epilogue == "context" else (0,), dtype=acc)
-    norm = interleaved_norm(norm_weight, norm_bias, x.shape[1], x)
+    norm = interleaved_norm(norm_weight, norm_bias, x.shape[1], weights[0])
     in_acc = [None if t is None else t.to(acc) for t in (factor, addend, residual, state)]
     factor, addend, residual, state = in_acc
     torch.ops.newllm_native.decode_linear(
-        x.to(acc), None, factor, addend, residual, y if y.numel() else None, None, norm, None, weights, biases,
+        x.to(acc), None, factor, addend, residual, y if y.numel() else None, None, None, norm, None, weights, biases,
         state, context if state is not None else None, eps, clamp, NORMALIZE * normalize, [0, 0, 0, 0],
         EPILOGUES.index(epilogue), list(ACTIVATIONS).index(activation),
     )  # fmt: skip

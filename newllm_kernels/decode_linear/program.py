@@ -21,18 +21,22 @@ from newllm_kernels.numerics import acc_dtype
 
 
 class Activation:
-    """A (B, width) tensor that lives inside a program: written by one layer, read by later ones."""
+    """A (B, width) tensor that lives inside a program: written by one layer, read by later ones.
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    On a GPU it is rounded to the dtype of the weights where that is of 16 bits, as between layers of PyTorch, unless it is
+    `exact`: then it is float32. A residual that is an Activation is float32 in any case.
+    """
+
+    def __init__(self, width: int, exact: bool = False) -> None:
+        self.width, self.exact = width, exact
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeLayer:
     """One layer, as `decode_linear` computes it, between tensors that exist already or Activations of the program.
 
-    `tokens` (B,) int64: x, and residual, where they are tensors, are tables (V, K) and (V, N) in the dtype of the weights, and
-    row tokens[b] counts. `x_out` (B, K) keeps clamp(LayerNorm(x)); `context` and `state_out` both take the context, as an
+    `tokens` (B,) int64: x is a table (V, K) in the dtype of the weights, of which row tokens[b] counts; `residual_tokens`
+    says the same of residual. `kept` (B, N) takes y once more. `x_out` (B, K) keeps clamp(LayerNorm(x)); `context` and `state_out` both take the context, as an
     Activation and as a tensor, which may be `state` itself. Tensors that are written are float32 (float64 beside float64). A
     (N, 0) weight makes z of bias and addend alone, a (0, K) one only x_out.
 
@@ -45,6 +49,8 @@ class DecodeLayer:
     y: Tensor | Activation | None = None
     biases: tuple[Tensor | None, ...] | None = None
     tokens: Tensor | None = None
+    residual_tokens: Tensor | None = None
+    kept: Tensor | None = None
     norm: tuple[Tensor | None, Tensor | None] | None = None
     eps: float = 1e-5
     clamp: float = float("inf")
@@ -107,10 +113,10 @@ class DecodeProgram:
 
     def _run_reference(self, layer: DecodeLayer) -> None:
         acc = acc_dtype(self.like.dtype)
-        tokens_of_x = layer.tokens if isinstance(layer.x, Tensor) else None
+        tokens_of_x = layer.tokens
         x, residual = self._value(layer.x)[:, : layer.weights[0].shape[1]], self._value(layer.residual)
-        if layer.tokens is not None and isinstance(layer.residual, Tensor):
-            residual = residual[layer.tokens]
+        if layer.residual_tokens is not None:
+            residual = residual[layer.residual_tokens]
         normalize = layer.norm is not None
         norm_weight, norm_bias = layer.norm if normalize else (None, None)
         if layer.x_out is not None:
@@ -126,6 +132,7 @@ class DecodeProgram:
         self._keep(layer.context, context)
         self._keep(layer.state_out, context)
         self._keep(layer.y, y)
+        self._keep(layer.kept, y)
 
     # ---- CUDA ----
 
@@ -133,38 +140,52 @@ class DecodeProgram:
         """Descriptions of the layers on the device."""
         self._widest = max(layer.weights[0].shape[1] for layer in self.layers)
         decode_linear.check_shared_memory(len(self.layers), self.rows, self._widest, self.like)
+        residuals = {layer.residual for layer in self.layers if isinstance(layer.residual, Activation)}
+        self._kept = {
+            x: torch.zeros(self.rows, x.width, dtype=torch.float32, device=self.like.device) for x in residuals
+        }
+        self._kept |= {layer.y: layer.kept for layer in self.layers if layer.kept is not None}
         writers: dict[Activation, int] = {}
         self._program = torch.stack([self._describe(layer, n, writers) for n, layer in enumerate(self.layers)])
-        self._counters = torch.zeros(2, dtype=torch.int64, device=self.like.device)
+        self._counters = torch.zeros(2 + len(self.layers), dtype=torch.int64, device=self.like.device)
+
+    def _is_pairs(self, x: Tensor | Activation | None) -> bool:
+        return isinstance(x, Activation) and not x.exact and self.like.element_size() == 2
 
     def _words(self, x: Tensor | Activation | None) -> Tensor | None:
         if not isinstance(x, Activation):
             return x
         if x not in self._activations:
-            width = (x.width + 3) // 4 * 4
-            self._activations[x] = torch.zeros(self.rows, width, dtype=torch.int64, device=self.like.device)
+            words = (x.width + 3) // 4 * (2 if self._is_pairs(x) else 4)
+            self._activations[x] = torch.zeros(self.rows, words, dtype=torch.int64, device=self.like.device)
         return self._activations[x]
 
     def _describe(self, layer: DecodeLayer, number: int, writers: dict[Activation, int]) -> Tensor:
         inputs = (layer.x, layer.factor, layer.addend, layer.residual)
+        if layer.tokens is not None and layer.residual_tokens is not None:
+            raise ValueError(f"layer {number}: got both tokens and residual_tokens, wanted one")
         for name, x in zip(("x", "factor", "addend", "residual"), inputs, strict=True):
             if isinstance(x, Activation) and x not in writers:
                 raise ValueError(f"layer {number}: {name} is an Activation that no layer before it writes")
+        if layer.addend is not None and self._is_pairs(layer.addend):
+            raise ValueError(f"layer {number}: addend is an Activation that is not exact")
         sources = [writers.get(x, 0) if isinstance(x, Activation) else 0 for x in inputs]
-        x_is_table = layer.tokens is not None and isinstance(layer.x, Tensor)
-        residual_is_table = layer.tokens is not None and isinstance(layer.residual, Tensor)
+        tokens = layer.tokens if layer.residual_tokens is None else layer.residual_tokens
         flags = (
             decode_linear.NORMALIZE * (layer.norm is not None)
-            | decode_linear.X_IS_TABLE * x_is_table
-            | decode_linear.RESIDUAL_IS_TABLE * residual_is_table
+            | decode_linear.X_IS_TABLE * (layer.tokens is not None)
+            | decode_linear.RESIDUAL_IS_TABLE * (layer.residual_tokens is not None)
             | decode_linear.BARRIER * layer.after_all
         )
+        for bit, x in enumerate((layer.x, layer.factor, layer.y, layer.context)):
+            flags |= decode_linear.PAIRS << bit if self._is_pairs(x) else 0
         K = layer.weights[0].shape[1]
         norm = None if layer.norm is None else decode_linear.interleaved_norm(*layer.norm, K, self.like)
         self._norms.append(norm)
-        x, factor, addend, residual = map(self._words, inputs)
+        x, factor, addend = map(self._words, inputs[:3])
+        residual = self._kept.get(layer.residual, layer.residual)
         described = torch.ops.newllm_native.decode_layer(
-            x, layer.tokens, factor, addend, residual, self._words(layer.y), self._words(layer.context), norm,
+            x, tokens, factor, addend, residual, self._words(layer.y), self._words(layer.context), self._kept.get(layer.y), norm,
             layer.x_out, list(layer.weights), list(layer.all_biases), layer.state, layer.state_out, layer.eps, layer.clamp,
             flags, sources, reference.EPILOGUES.index(layer.epilogue), list(reference.ACTIVATIONS).index(layer.activation),
         )  # fmt: skip
