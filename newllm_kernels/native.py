@@ -65,6 +65,13 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
+def cuda_decode_shared_memory(layers: int, rows: int, widest: int, element_size: int) -> int:
+    """Bytes of shared memory that a block of decode_linear's kernel takes at least."""
+    function = _handle().newllm_decode_shared_memory
+    function.restype = ctypes.c_int64
+    return function(*(ctypes.c_int64(value) for value in (layers, rows, widest, element_size)))
+
+
 def build_info() -> dict[str, str]:
     """What the build says of itself; raises ImportError where `_C` is missing or belongs to another Python."""
     try:

@@ -169,7 +169,7 @@ def _new_run_options(parser: Parser) -> None:
     )
     option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: preset and time)")
     option(run, "--out", "out", str, "its path, instead of a name")
-    option(model, "--preset", "preset", str, "tiny (default), classic, 40m or 100m")
+    option(model, "--preset", "preset", str, "tiny (default), classic, 40m, 100m or 1b")
     for flag, field, kind, text in MODEL_OPTIONS:
         option(model, flag, field, kind, text)
     for flag, field, kind, text in TRAINING_OPTIONS:

@@ -112,7 +112,9 @@ class _Cell:
         """Everything up to the new contexts. `gate` takes silu of the output gate's product."""
         cell, beside = self.cell, output_gate is not None
         if cell.from_context is None and cell.to_gates is None and beside:
-            made = _thirds(cell.from_x.weight, cell.from_x.bias)  # gates and output gate of one input: one layer of four matrices
+            made = _thirds(
+                cell.from_x.weight, cell.from_x.bias
+            )  # gates and output gate of one input: one layer of four matrices
             matrices = {"weights": (*made["weights"], output_gate), "biases": (*made["biases"], None)}
             yield from self._update(0, {**self.source, **matrices, "y": gate}, last=True)
             return
@@ -166,7 +168,12 @@ class _Cell:
                 yield DecodeLayer(**normalised, weights=(cell.start.new_empty(0, self.D),), after_all=True)
             return
         yield DecodeLayer(
-            **made, state=state, state_out=None if reads_it else state, context=context, epilogue="context", after_all=several
+            **made,
+            state=state,
+            state_out=None if reads_it else state,
+            context=context,
+            epilogue="context",
+            after_all=several,
         )
         if reads_it:
             yield DecodeLayer(context, weights=(cell.start.new_empty(0, self.D),), x_out=state)
@@ -206,9 +213,7 @@ def _newllm_layers(model: NewLLM, decoder: ProgramDecoder) -> Iterator[DecodeLay
 
 def _classic_layers(model: Classic, decoder: ProgramDecoder) -> Iterator[DecodeLayer]:
     contexts = decoder.contexts["context"]
-    cell = _Cell(
-        model.cell, model.config.activation, contexts, {"x": model.embedding.weight, "tokens": decoder.tokens}
-    )
+    cell = _Cell(model.cell, model.config.activation, contexts, {"x": model.embedding.weight, "tokens": decoder.tokens})
     yield DecodeLayer(**cell.source, **_whole(model.cell.from_x), y=cell.from_x)
     h = yield from cell.hidden(cell.reading(contexts[-1]), model.cell.from_context.weight)
     yield DecodeLayer(h, weights=(model.head.weight,), y=decoder.logits)

@@ -47,7 +47,12 @@ class CacheDecoder:
             block = model.blocks[number]
             norm = block.attention_norm
             return DecodeLayer(
-                x, tokens=tokens, norm=(norm.weight, norm.bias), eps=norm.eps, weights=(block.attention.qkv.weight,), y=self.qkv
+                x,
+                tokens=tokens,
+                norm=(norm.weight, norm.bias),
+                eps=norm.eps,
+                weights=(block.attention.qkv.weight,),
+                y=self.qkv,
             )
 
         table = model.embedding.weight

@@ -69,7 +69,7 @@ def decode_linear(
         biases *= len(weights)
     check_layer(weights, biases, epilogue, activation)
     N, K = weights[0].shape
-    like, acc = weights[0], acc_dtype(weights[0].dtype)
+    like = weights[0]
     if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != K or x.shape[0] > MOST_ROWS:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: got {got}, wanted (B, {K}) with B of at most {MOST_ROWS}")
@@ -118,7 +118,9 @@ def check_layer(weights: list[Tensor], biases: list[Tensor | None], epilogue: st
         if weight.dtype not in DTYPES:
             raise TypeError(f"weight: got dtype {weight.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
         if weight.dim() != 2 or weight.shape != first.shape or weight.dtype != first.dtype:
-            raise ValueError(f"weight: got {tuple(weight.shape)} of {weight.dtype}, wanted (N, K) of one dtype, all alike")
+            raise ValueError(
+                f"weight: got {tuple(weight.shape)} of {weight.dtype}, wanted (N, K) of one dtype, all alike"
+            )
         if (weight.shape[1] > 1 and weight.stride(1) != 1) or weight.stride(0) != first.stride(0):
             raise ValueError(f"weight: got strides {weight.stride()}, wanted contiguous rows at one distance")
         if weight.device != first.device:
@@ -206,9 +208,5 @@ def _supports_cpu(call: backends.Call) -> native.Verdict:
     return native.Verdict(True, "PyTorch's own matrix products")
 
 
-backends.register(
-    "decode_linear", backends.Implementation("cpu", reference.decode_linear, _no_backward, _supports_cpu)
-)
-backends.register(
-    "decode_linear", backends.Implementation("cuda", _cuda, _no_backward, backends.supports_cuda)
-)
+backends.register("decode_linear", backends.Implementation("cpu", reference.decode_linear, _no_backward, _supports_cpu))
+backends.register("decode_linear", backends.Implementation("cuda", _cuda, _no_backward, backends.supports_cuda))

@@ -15,8 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newllm_kernels import backends, decode_linear
-from newllm_kernels.decode_linear import reference
+from newllm_kernels import backends
+from newllm_kernels.decode_linear import (
+    BARRIER,
+    MOST_ROWS,
+    NORMALIZE,
+    PAIRS,
+    RESIDUAL_IS_TABLE,
+    X_IS_TABLE,
+    check_layer,
+    check_shared_memory,
+    interleaved_norm,
+    reference,
+)
 from newllm_kernels.numerics import acc_dtype
 
 
@@ -77,11 +88,11 @@ class DecodeProgram:
     """
 
     def __init__(self, layers: Sequence[DecodeLayer], rows: int) -> None:
-        if not 0 <= rows <= decode_linear.MOST_ROWS:
-            raise ValueError(f"rows: got {rows}, wanted 0 to {decode_linear.MOST_ROWS}")
+        if not 0 <= rows <= MOST_ROWS:
+            raise ValueError(f"rows: got {rows}, wanted 0 to {MOST_ROWS}")
         self.layers, self.rows = tuple(layers), rows
         for layer in self.layers:
-            decode_linear.check_layer(list(layer.weights), list(layer.all_biases), layer.epilogue, layer.activation)
+            check_layer(list(layer.weights), list(layer.all_biases), layer.epilogue, layer.activation)
         if not self.layers:
             raise ValueError("layers: got none, wanted at least one")
         self.like = self.layers[0].weights[0]
@@ -139,7 +150,7 @@ class DecodeProgram:
     def _pack(self) -> None:
         """Descriptions of the layers on the device."""
         self._widest = max(layer.weights[0].shape[1] for layer in self.layers)
-        decode_linear.check_shared_memory(len(self.layers), self.rows, self._widest, self.like)
+        check_shared_memory(len(self.layers), self.rows, self._widest, self.like)
         residuals = {layer.residual for layer in self.layers if isinstance(layer.residual, Activation)}
         self._kept = {
             x: torch.zeros(self.rows, x.width, dtype=torch.float32, device=self.like.device) for x in residuals
@@ -172,15 +183,15 @@ class DecodeProgram:
         sources = [writers.get(x, 0) if isinstance(x, Activation) else 0 for x in inputs]
         tokens = layer.tokens if layer.residual_tokens is None else layer.residual_tokens
         flags = (
-            decode_linear.NORMALIZE * (layer.norm is not None)
-            | decode_linear.X_IS_TABLE * (layer.tokens is not None)
-            | decode_linear.RESIDUAL_IS_TABLE * (layer.residual_tokens is not None)
-            | decode_linear.BARRIER * layer.after_all
+            NORMALIZE * (layer.norm is not None)
+            | X_IS_TABLE * (layer.tokens is not None)
+            | RESIDUAL_IS_TABLE * (layer.residual_tokens is not None)
+            | BARRIER * layer.after_all
         )
         for bit, x in enumerate((layer.x, layer.factor, layer.y, layer.context)):
-            flags |= decode_linear.PAIRS << bit if self._is_pairs(x) else 0
+            flags |= PAIRS << bit if self._is_pairs(x) else 0
         K = layer.weights[0].shape[1]
-        norm = None if layer.norm is None else decode_linear.interleaved_norm(*layer.norm, K, self.like)
+        norm = None if layer.norm is None else interleaved_norm(*layer.norm, K, self.like)
         self._norms.append(norm)
         x, factor, addend = map(self._words, inputs[:3])
         residual = self._kept.get(layer.residual, layer.residual)
