@@ -22,7 +22,7 @@ NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER, PAIRS = 1, 2, 4, 8, 16  # fla
 def decode_linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
-    bias: Tensor | None | Sequence[Tensor | None] = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
     *,
     norm: tuple[Tensor | None, Tensor | None] | None = None,
     eps: float = 1e-5,

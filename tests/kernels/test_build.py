@@ -50,7 +50,10 @@ def test_the_library_is_tied_to_no_python():
 
 
 def test_every_operation_has_its_compiled_kernels():
-    for operation in set(nk.operations()) - {"gated_scan_layer_norm"}:  # made of two others
+    for operation in set(nk.operations()) - {
+        "gated_scan_layer_norm",
+        "decode_linear",
+    }:  # made of two others; outputs given
         for suffix in ("", "_backward"):
             schema = getattr(torch.ops.newllm_native, operation + suffix).default._schema
             ours = getattr(torch.ops.newllm, operation + suffix).default._schema
