@@ -1,8 +1,8 @@
-"""Training speed on the device at hand: `python benchmarks/train_speed.py [--preset 40m] [--results FILE]`.
+"""Training speed on the device at hand: `python benchmarks/train_speed.py [--preset 40m | --config RECIPE] [--results FILE]`.
 
 Times steps of the Trainer that `newllm train` runs (data, loss, backward, clipping, AdamW) on random tokens:
 
-    newllm                 the preset, coupling "none", on the kernels that `auto` takes
+    newllm                 the preset, coupling "none", or the recipe, on the kernels that `auto` takes
     transformer            the baseline with as many parameters, as `newllm compare` builds it
     newllm, reference      the same model on the reference backend: plain PyTorch, a Python loop over time
 
@@ -32,8 +32,10 @@ import torch
 import torch._dynamo
 from torch.profiler import ProfilerActivity, profile
 
+from newllm.cli.settings import model_settings, training_settings
 from newllm.config import PRESETS, ModelConfig, preset, transformer_like
 from newllm.errors import UserError, arguments_are_the_users, one_line
+from newllm.recipe import apply_recipe
 from newllm.run import Run
 from newllm.speed import peak_flops, training_flops_per_token
 from newllm.training import Trainer
@@ -151,6 +153,8 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", default="40m", help=f"one of {', '.join(PRESETS)} (default: 40m)")
+    parser.add_argument("--config", metavar="NAME", help="a recipe instead of a preset, with its model as it stands")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="of the model (default: the preset's)")
     parser.add_argument("--batch", type=int, metavar="B", help="streams side by side (default: the preset's)")
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a stream per step (default: the preset's)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps of each (default: 20)")
@@ -164,15 +168,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
     with arguments_are_the_users():
-        model = preset(args.preset)
+        if args.config:
+            recipe = argparse.Namespace(config=args.config)
+            apply_recipe(recipe)
+            model, config = model_settings(recipe), training_settings(recipe)
+        else:
+            model, config = preset(args.preset), TRAINING_PRESETS[args.preset]
+            if model.architecture == "newllm":
+                model = dataclasses.replace(model, coupling="none", hops=1)
         if model.architecture != "newllm":
-            raise UserError(
-                f"--preset {args.preset}: the {model.architecture} architecture has no coupling to leave out"
-            )
-        model = dataclasses.replace(model, coupling="none", hops=1)
+            named = f"--config {args.config}" if args.config else f"--preset {args.preset}"
+            raise UserError(f"{named}: wanted a model of the newllm architecture, which the Transformer is set against")
+        if args.vocab_size:
+            model = dataclasses.replace(model, vocab_size=args.vocab_size)
         given = {"batch_size": args.batch, "segment": args.length, "steps": args.steps, "device": args.device}
         given = {name: value for name, value in given.items() if value is not None}
-        return model, dataclasses.replace(TRAINING_PRESETS[args.preset], **given)
+        # Drawn lengths would each need a warm-up of their own.
+        return model, dataclasses.replace(config, random_segments=False, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_speed: error: {one_line(error)}", file=sys.stderr)
         return 2
     content: dict[str, Any] = {
-        **report.environment(), "preset": args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
+        **report.environment(), "preset": args.config or args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
         "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."),
     }  # fmt: skip
     for name, of, backend in chosen:

@@ -19,7 +19,7 @@ from newllm.model import LanguageModel
 from newllm.tokenizer import Tokenizer
 
 SEGMENT = 512  # tokens per forward pass; the context is carried over, so the result does not depend on it
-GPU_SEGMENTS = 8  # as many at once where a GPU would wait for the host, of models whose cost does not grow with it
+GPU_SEGMENTS = 8  # as many at once where a GPU would wait for the host
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def token_losses(
     tokens = tokens[: None if limit is None else limit + 1]
     check_tokens(model, tokens)
     device = next(model.parameters()).device
-    segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" and model.carries_context else 1)
+    segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" else 1)
     state, losses = None, []
     with torch.inference_mode(), evaluating(model.modules()), progress_bar(tokens.size - 1, progress) as bar:
         for inputs, targets in evaluation_segments(tokens, segment):

@@ -10,8 +10,9 @@ import torch
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
-from newllm.data import Corpus, load_corpus, tokenise
+from newllm.data import load_corpus, tokenise
 from newllm.errors import UserError, typed_path
+from newllm.prepared import is_prepared, load_prepared
 from newllm.run import Run
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from newllm.training import Trainer
@@ -24,20 +25,38 @@ class Data:
 
     spec: str
     text_field: str
-    corpus: Corpus
+    name: str
+    standard_split: bool  # whether the corpus came divided
     tokenizer: Tokenizer
     tokens: dict[str, np.ndarray]
 
 
 def prepare_data(
-    spec: str, tokenizer: str | Tokenizer, vocab_size: int | None = None, text_field: str = "text"
+    spec: str, tokenizer: str | Tokenizer | None, vocab_size: int | None = None, text_field: str = "text"
 ) -> Data:
-    """Read a corpus and tokenise it, with a tokenizer at hand, one to be trained ("bpe", "word") or one in a file or run."""
+    """Read a corpus and tokenise it, with a tokenizer at hand, one to be trained ("bpe", "word"; None: "bpe") or one in a
+    file or run. A folder that `newllm prepare` wrote is tokenised already, and comes with its own."""
+    named = spec == "builtin" or spec.startswith("hub:")
+    if not named and is_prepared(typed_path(spec)):
+        return _prepared(spec, tokenizer, vocab_size, text_field)
     corpus = load_corpus(spec, text_field)
-    if isinstance(tokenizer, str):
-        tokenizer = _tokenizer_for(tokenizer, corpus.splits["train"], vocab_size)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = _tokenizer_for(tokenizer or "bpe", corpus.splits["train"], vocab_size)
     tokens = {split: tokenise(documents, tokenizer, f"tokens, {split}") for split, documents in corpus.splits.items()}
-    return Data(spec, text_field, corpus, tokenizer, tokens)
+    return Data(spec, text_field, corpus.name, corpus.standard_split, tokenizer, tokens)
+
+
+def _prepared(spec: str, tokenizer: str | Tokenizer | None, vocab_size: int | None, text_field: str) -> Data:
+    found = load_prepared(typed_path(spec))
+    if isinstance(tokenizer, Tokenizer) and tokenizer.to_json() != found.tokenizer.to_json():
+        raise UserError(f"{spec}: was tokenised with another tokenizer than the model's")
+    if isinstance(tokenizer, str) and tokenizer != found.tokenizer.kind:
+        raise UserError(f"--tokenizer {tokenizer}: {spec} is tokenised already ({found.tokenizer.kind})")
+    if vocab_size is not None and found.tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: {spec} is tokenised already, with {found.tokenizer.vocab_size} tokens"
+        )
+    return Data(spec, text_field, found.name, found.standard_split, found.tokenizer, found.tokens)
 
 
 def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> Tokenizer:

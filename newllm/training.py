@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -94,8 +94,8 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._tokens, self._logged_at = 0, 0.0
         self.tokens = 0  # trained on in all
-        flops, peak = training_flops_per_token(model, config.segment), peak_flops(self.device)
-        self._utilisation = None if peak is None else flops / peak  # times tokens/s
+        peak = peak_flops(self.device)
+        self._utilisation = peak and training_flops_per_token(model, config.segment) / peak  # times tokens/s
 
     def train(self, stop_after: int | None = None, max_minutes: float | None = None) -> int | None:
         """Train to the last step, or for `stop_after` steps, or until `max_minutes` have passed since this call. A checkpoint
@@ -108,6 +108,7 @@ class Trainer:
         deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         config = self.config
+        self.weights.computing.train()
         with catching_signals() as caught, bar:
             while self.step < end and not caught and time.monotonic() < deadline:
                 started = time.perf_counter()
@@ -134,8 +135,6 @@ class Trainer:
     def _train_step(self) -> None:
         lr, length = learning_rate(self.config, self.step), 0
         averaged = self.weights.averages(self.step)
-        self.model.train()
-        self.weights.computing.train()
         with self.graphs.stream():
             for n in range(self.config.grad_accum):
                 segment = self.streams.next()
@@ -155,7 +154,9 @@ class Trainer:
         """Forward and backward of one segment. All that differs between two with one length lies in tensors."""
         inputs, targets = self.streams.window(self._offset, segment.length)  # (B, T) each
         carries = self.model.carries_context
-        x, state = self.forward(inputs, self.state if carries and not segment.fresh else None)  # (B, T, F)
+        # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
+        with self.uncompiled() if carries and segment.fresh else nullcontext():
+            x, state = self.forward(inputs, self.state if carries and not segment.fresh else None)  # (B, T, F)
         nll = self.weights.computing.nll(x, targets)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
@@ -213,8 +214,7 @@ class Trainer:
     def _evaluate(self, bar: tqdm) -> None:
         self._check_finite()
         model = self.weights.evaluated(self.step)
-        # What is compiled is compiled for training: shapes of evaluation would each cost as long again.
-        with torch.compiler.set_stance("force_eager"):
+        with self.uncompiled():
             score = evaluate(model, self.valid, limit=self.config.eval_tokens)
         self.run.append_metrics({"step": self.step, "valid_loss": score.loss, "valid_perplexity": score.perplexity})
         line = f"step {self.step:>6}  validation loss {score.loss:.4f}  perplexity {score.perplexity:,.2f}"
@@ -226,6 +226,10 @@ class Trainer:
             checkpoint.save(self.run.best_file, weights, {"step": self.step, "valid_loss": score.loss})
         self.weights.refresh_copy()
         bar.write(line)
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """What is compiled is compiled for training: the shapes of evaluation would each cost as long again."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def save(self) -> None:
         """Write last.safetensors: all that decides how training goes on."""

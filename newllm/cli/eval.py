@@ -10,11 +10,10 @@ import numpy as np
 
 from newllm.cli.settings import device_settings
 from newllm.cli.train import shown
-from newllm.data import load_corpus, tokenise
 from newllm.dynamic import dynamic_losses
 from newllm.errors import UserError
 from newllm.evaluation import by_position, document_starts, perplexity, token_losses, unigram_score
-from newllm.prepare import run_data, training_config
+from newllm.prepare import prepare_data, run_data, training_config
 from newllm.run import Run, find_run
 from newllm.tokenizer import Tokenizer
 from newllm.training_config import compute_dtype
@@ -72,14 +71,10 @@ def _figures(losses: np.ndarray) -> dict[str, Any]:
 def _texts(args: argparse.Namespace, folder: Run, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """The tokens to score, by name."""
     if args.data is None:
-        splits = run_data(folder, folder.model_config()).tokens
-        standard = True
+        splits, standard = run_data(folder, folder.model_config()).tokens, True
     else:
-        corpus = load_corpus(args.data, args.text_field)
-        splits = {
-            split: tokenise(documents, tokenizer, f"tokens, {split}") for split, documents in corpus.splits.items()
-        }
-        standard = corpus.standard_split
+        data = prepare_data(args.data, tokenizer, text_field=args.text_field)
+        splits, standard = data.tokens, data.standard_split
     wanted = args.split or ("valid and test" if standard else "all")
     if wanted == "valid and test":
         return {split: tokens for split, tokens in splits.items() if split != "train"}

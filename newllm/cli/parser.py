@@ -109,6 +109,7 @@ def build_parser() -> Parser:
         return sub
 
     _train_options(add("train", "train a model on a text", TRAIN_TEXT))
+    _prepare_options(add("prepare", "tokenise a text once for many runs", PREPARE_TEXT))
     _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
     _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
     _compare_options(add("compare", "New-LLM against a Transformer of its size", COMPARE_TEXT))
@@ -118,6 +119,10 @@ def build_parser() -> Parser:
 TRAIN_TEXT = (
     "Train a model. With no options: preset tiny on the Python Language Reference that ships inside Python, a few minutes "
     "on two CPU cores. Ctrl-C saves and stops; --resume goes on, as it does after a crash."
+)
+PREPARE_TEXT = (
+    "Read a text, train its tokenizer and tokenise it, into a folder that --data of the other commands takes: for many runs, "
+    "or to train on another machine."
 )
 EVAL_TEXT = (
     "Perplexity of a run's best checkpoint, beside that of word counts alone (the unigram model of its training text)."
@@ -144,36 +149,47 @@ def _compare_options(parser: Parser) -> None:
     _new_run_options(parser)
 
 
+def _prepare_options(parser: Parser) -> None:
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    _data_options(parser.add_argument_group("data"))
+
+
+def _option(group: argparse._ArgumentGroup, flag: str, field: str, kind: Any, text: str) -> None:
+    """Absent options leave no trace in the namespace: the preset decides."""
+    if kind is bool:
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    else:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
+    group.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **how)
+
+
+def _data_options(data: argparse._ArgumentGroup) -> None:
+    _option(data, "--data", "data", str, "builtin (default), a file or folder of .txt, .jsonl, .json, .parquet (also .gz, .xz), "
+            "what newllm prepare wrote, or hub:NAME[:CONFIGURATION]; a folder with train.* and valid.* keeps its split")  # fmt: skip
+    _option(data, "--text-field", "text_field", str, "field or column that holds the text (default: text)")
+    _option(data, "--tokenizer", "tokenizer", str, "bpe (default), word, or a tokenizer.json or run to take it from")
+    _option(
+        data, "--vocab-size", "vocab_size", int, "most tokens of the vocabulary (default: bpe the preset's, word all)"
+    )
+
+
 def _new_run_options(parser: Parser) -> None:
-    """Of every command that makes a run. Absent options leave no trace in the namespace: the preset decides."""
+    """Of every command that makes a run."""
     data = parser.add_argument_group("data")
     run = parser.add_argument_group("run folder")
     model = parser.add_argument_group("model", "each overrides the preset")
     training = parser.add_argument_group("training", "each overrides what the preset trains with")
 
-    def option(group: argparse._ArgumentGroup, flag: str, field: str, kind: Any, text: str) -> None:
-        if kind is bool:
-            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
-        group.add_argument(flag, dest=field, default=argparse.SUPPRESS, help=text, **how)
-
     parser.add_argument("--config", metavar="FILE", help="take options from a recipe: a TOML file, or a name such as "
                         "wikitext-2; options given here come first")  # fmt: skip
-    option(data, "--data", "data", str, "builtin (default), a file or folder of .txt, .jsonl, .json, .parquet (also .gz, .xz), "
-           "or hub:NAME[:CONFIGURATION]; a folder with train.* and valid.* keeps its split")  # fmt: skip
-    option(data, "--text-field", "text_field", str, "field or column that holds the text (default: text)")
-    option(data, "--tokenizer", "tokenizer", str, "bpe (default), word, or a tokenizer.json or run to take it from")
-    option(
-        data, "--vocab-size", "vocab_size", int, "most tokens of the vocabulary (default: bpe the preset's, word all)"
-    )
-    option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: preset and time)")
-    option(run, "--out", "out", str, "its path, instead of a name")
-    option(model, "--preset", "preset", str, "tiny (default), classic, 40m, 100m or 1b")
+    _data_options(data)
+    _option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: preset and time)")
+    _option(run, "--out", "out", str, "its path, instead of a name")
+    _option(model, "--preset", "preset", str, "tiny (default), classic, 40m, 100m or 1b")
     for flag, field, kind, text in MODEL_OPTIONS:
-        option(model, flag, field, kind, text)
+        _option(model, flag, field, kind, text)
     for flag, field, kind, text in TRAINING_OPTIONS:
-        option(training, flag, field, kind, text)
+        _option(training, flag, field, kind, text)
 
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}

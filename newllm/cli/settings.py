@@ -11,8 +11,9 @@ import torch
 
 from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.config import ModelConfig, preset
-from newllm.errors import UserError, arguments_are_the_users
+from newllm.errors import UserError, arguments_are_the_users, typed_path
 from newllm.prepare import Data, prepare_data
+from newllm.prepared import is_prepared
 from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device
 
 
@@ -40,9 +41,11 @@ def training_settings(args: argparse.Namespace) -> TrainingConfig:
 
 def data_settings(args: argparse.Namespace, model: ModelConfig) -> Data:
     """Read and tokenise what --data names."""
-    tokenizer = getattr(args, "tokenizer", "bpe")
-    vocab_size = getattr(args, "vocab_size", model.vocab_size if tokenizer == "bpe" else None)
-    return prepare_data(getattr(args, "data", "builtin"), tokenizer, vocab_size, getattr(args, "text_field", "text"))
+    spec, tokenizer = getattr(args, "data", "builtin"), getattr(args, "tokenizer", None)
+    vocab_size = getattr(args, "vocab_size", None)
+    if vocab_size is None and tokenizer in (None, "bpe") and not is_prepared(typed_path(spec)):
+        vocab_size = model.vocab_size
+    return prepare_data(spec, tokenizer, vocab_size, getattr(args, "text_field", "text"))
 
 
 def default_name(args: argparse.Namespace) -> str:

@@ -6,8 +6,6 @@ import argparse
 import shlex
 from pathlib import Path
 
-import torch
-
 from newllm import checkpoint, plots
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
@@ -69,9 +67,9 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
 def describe(trainer: Trainer, data: Data) -> None:
     """What is about to be trained on what, in three lines."""
     config, tokens = trainer.config, {split: f"{ids.size:,}" for split, ids in data.tokens.items()}
-    split = "its own split" if data.corpus.standard_split else "divided here"
+    split = "its own split" if data.standard_split else "divided here"
     print(
-        f"data    {data.corpus.name}: {', '.join(f'{count} tokens {name}' for name, count in tokens.items())} ({split}),"
+        f"data    {data.name}: {', '.join(f'{count} tokens {name}' for name, count in tokens.items())} ({split}),"
         f" {data.tokenizer.kind} vocabulary of {data.tokenizer.vocab_size:,}"
     )
     model = trainer.model.config
@@ -96,7 +94,7 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
     summary: dict[str, object] = {"steps": trainer.step, "best_step": info["step"]}
     for split in ("valid", "test"):
         if split in data.tokens:
-            with torch.compiler.set_stance("force_eager"):
+            with trainer.uncompiled():
                 score = evaluate(model, data.tokens[split], progress=f"evaluating on {split}")
             unigram = unigram_score(counts, data.tokens[split])
             summary[split] = {
@@ -131,6 +129,6 @@ def shown(path: Path) -> str:
 
 def _a_prompt(data: Data) -> str:
     """The first words of the validation text that make a prompt."""
-    words = " ".join(data.corpus.splits["valid"])[:2000].split()
+    words = data.tokenizer.decode(data.tokens["valid"][:1000].tolist()).split()
     plain = [word for word in words if any(map(str.isalpha, word)) and word.isprintable()]
     return " ".join(plain[:3]) or "The"

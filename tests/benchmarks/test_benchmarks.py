@@ -107,9 +107,19 @@ def test_training_speed_on_a_tiny_model(tmp_path, capsys):
     assert train_speed.ways("auto", cuda=True, compiled=True) == [(False, False), (True, False), (True, True)]
 
 
-def test_training_speed_refuses_in_one_line(capsys):
-    assert train_speed.main(["--preset", "classic"]) == 2
+@pytest.mark.parametrize(
+    "options",
+    [["--preset", "classic"], ["--config", "wikitext-2-transformer"], ["--config", "none"], ["--vocab-size", "-1"]],
+)
+def test_training_speed_refuses_in_one_line(capsys, options):
+    assert train_speed.main(options) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_training_speed_of_a_recipe():
+    options = ["--config", "wikitext-2-hops", "--vocab-size", "33278", "--steps", "7", "--device", "cpu"]
+    model, config = train_speed.settings(train_speed.parse(options))
+    assert (model.coupling, model.vocab_size, config.segment, config.steps) == ("hops", 33278, 64, 7)
 
 
 def test_a_slope_is_the_derivative_while_the_row_is_held():

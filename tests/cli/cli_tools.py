@@ -29,5 +29,5 @@ def start(*argv: object, **options: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)  # a busy machine; alone it is seconds
     return Result(process.returncode, out, err)

@@ -20,17 +20,17 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare"])
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: newllm {command}")
-    assert "--device" in out
+    assert ("--device" in out) == (command != "prepare")
 
 
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
-    assert all(f"\n    {command} " in out for command in ("train", "eval", "generate", "compare"))
+    assert all(f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "compare"))
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
 
@@ -159,6 +159,23 @@ def test_eval_of_splits_and_of_another_text(newllm, trained, tmp_path):
     (name, score), = scores("--data", str(other)).items()  # fmt: skip
     assert name == "all"
     assert score["perplexity"] > 2 * splits["train"]["perplexity"]
+
+
+def test_a_prepared_text_trains_and_scores_as_the_text_itself(newllm, text, trained):
+    code, out, _ = newllm("prepare", "--data", text, "--vocab-size", 280, "--out", "ready")
+    assert code == 0
+    assert "newllm train --data ready" in out
+    options = [option for option in TINY if option not in ("--vocab-size", "280")]
+    assert newllm("train", "--data", "ready", *options, "--run", "again").code == 0
+    got, want = (checkpoint.load(find_run(name).last_file)[0] for name in ("again", "first"))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads(newllm("eval", "first", "--data", "ready", "--json", "--split", "valid").out)[
+        "splits"
+    ].keys() == {"valid"}
+    assert newllm("train", "--resume", "again", "--steps", 21).code == 0
+    code, _, err = newllm("prepare", "--data", text, "--out", "ready")
+    assert code == 2
+    assert "not an empty folder" in err
 
 
 def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures(newllm, trained):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch.nn import functional as F
 
 from newllm import checkpoint
@@ -299,6 +300,24 @@ def test_minutes_end_a_session_which_goes_on_to_the_same_end(tmp_path, monkeypat
     assert second.step == 12
     assert losses(second.run) == losses(straight.run)
     assert all(torch.equal(weights(second)[name], want) for name, want in weights(straight).items())
+
+
+def test_one_compiled_layer_serves_all_and_only_training(tmp_path, monkeypatch):
+    """Traced, not compiled: what would cost time is counted. Epochs of 12 steps, so the start of a text comes twice."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = dataclasses.replace(MODEL, num_layers=3, dropout=0.0)
+    compiled = trainer(tmp_path / "compiled", model, steps=30, compile=True)
+    compiled.train()
+    assert counters["stats"]["unique_graphs"] == 1
+    eager = trainer(tmp_path / "eager", model, steps=30)
+    eager.train()
+    for key in ("loss", "valid_loss"):
+        curves = [[r[key] for r in of.run.metrics() if key in r] for of in (compiled, eager)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-5)  # the same operations
 
 
 def test_the_average_is_what_is_scored_and_kept(tmp_path):
