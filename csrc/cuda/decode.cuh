@@ -13,7 +13,7 @@
 
 namespace newllm::cuda {
 
-constexpr int kPartialFloats = 2048;  // of each of two buffers for the sums of the warps
+constexpr int kPartialFloats = 1024;  // of each of two buffers for the sums of the warps
 
 // A barrier over the grid, all of whose blocks are resident. `arrivals` only ever grows, by gridDim.x a barrier.
 __device__ __forceinline__ void grid_barrier(unsigned long long* arrivals) {
