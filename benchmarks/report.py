@@ -320,6 +320,11 @@ def training_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _bytes(count: int) -> str:
+    unit, name = next(((2**k, name) for k, name in ((30, "GiB"), (20, "MiB")) if count >= 2**k), (2**10, "KiB"))
+    return f"{count / unit:,.1f} {name}"
+
+
 def generation_table(content: dict[str, Any]) -> str:
     """Markdown: tokens/s of every model, batch and context, and how near they are to reading the weights once."""
     headers = ["generation", "batch", "context", "tokens/s", "us a step", "% of weight read", "state", "peak memory"]
@@ -333,7 +338,7 @@ def generation_table(content: dict[str, Any]) -> str:
         peak = run["peak_bytes"]
         lines.append(
             [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms'] * 1e3:,.1f}", f"{run['percent_of_bound']:.1f}",
-             f"{run['state_bytes'] / 2**20:,.2f} MiB", "-" if peak is None else f"{peak / 2**20:,.0f} MiB"]
+             _bytes(run["state_bytes"]), "-" if peak is None else _bytes(peak)]
         )  # fmt: skip
     read = f"Memory is read at {content['read_gbps']:,.0f} GB/s."
     return "\n\n".join([read, _cells(headers, lines), *failures])

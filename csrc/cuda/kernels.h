@@ -39,8 +39,8 @@ int64_t context_update_blocks(int64_t rows);
 // Widest D whose row fits into the shared memory of one block of this device (forward and backward).
 int64_t context_update_max_width(int device);
 
-// Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are two numbers there that
-// begin as 0; `widest` is the largest K. All layers have the same B.
+// Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are 2 + layers
+// numbers there that begin as 0; `widest` is the largest K. All layers have the same B.
 cudaError_t decode_linear(const DecodeLinear& layer, DType dtype, cudaStream_t stream);
 cudaError_t decode_program(const DecodeLinear* program, int32_t layers, unsigned long long* counters, int32_t B,
                            int64_t widest, DType dtype, cudaStream_t stream);
