@@ -303,7 +303,7 @@ PROVIDERS: dict[str, list[Provider]] = {
         ),
     ],
     "gated_scan_norm": [
-        *_ours("gated_scan_norm"),
+        *_ours("gated_scan_norm", "cuda", "triton"),
         Provider("eager", _eager_gated_scan_norm),
         Provider("compiled", _compiled_gated_scan_norm),
         Provider("fla", _fla_gated_scan_norm, partial(_gpu_library, FLA_HGRN)),

@@ -26,6 +26,16 @@ struct ScanShape {
   int64_t num_sequences = 0;  // N; equals B when dense
 };
 
+// weight and bias are (D) in acc, on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
+// is +inf where nothing is clamped.
+struct NormParams {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read on CUDA
+  double eps = 1e-5;
+  double clamp_value = 0;
+};
+
 // h_t = a_t h_{t-1} + b_t. States are (N, D) contiguous in acc.
 struct ScanArgs {
   ScanShape shape;
@@ -62,14 +72,23 @@ struct GatedScanBackwardArgs {
   void* grad_c0 = nullptr;  // written, (N, D) acc
 };
 
-// weight and bias are (D) in acc, LayerNorm's on CUDA also in the dtype of the rows; nullptr means 1 and 0. clamp_value
-// is +inf where nothing is clamped.
-struct NormParams {
-  const void* weight = nullptr;
-  const void* bias = nullptr;
-  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;  // read by the CUDA LayerNorm
-  double eps = 1e-5;
-  double clamp_value = 0;
+// c of GatedScanArgs, and y = clamp(LayerNorm(c)). c and y are (B, T, D) contiguous.
+struct GatedScanNormArgs {
+  GatedScanArgs scan;
+  NormParams norm;
+  View3 y;
+  void* mean = nullptr;  // (B * T) acc
+  void* rstd = nullptr;  // (B * T) acc
+};
+
+struct GatedScanNormBackwardArgs {
+  GatedScanBackwardArgs scan;  // without grad_c
+  NormParams norm;
+  View3 grad_y;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+  void* grad_weight = nullptr;  // written, (D) acc
+  void* grad_bias = nullptr;    // written, (D) acc
 };
 
 // c_t = clamp(LayerNorm(sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(d_t))) over T steps; context_update is T = 1.
@@ -160,7 +179,7 @@ struct LayerNormArgs {
   int64_t residual_stride = 0;
   void* sum = nullptr;   // (rows, D) contiguous, written when residual is given
   void* y = nullptr;     // (rows, D) contiguous
-  void* mean = nullptr;  // (rows) acc
+  void* mean = nullptr;  // (rows) acc, on CUDA it may be absent, and rstd with it
   void* rstd = nullptr;  // (rows) acc
 };
 

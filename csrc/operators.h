@@ -112,11 +112,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_scan_backward(const OptionalTen
   return {grads.first, grads.second, grads.third, grad_c0};
 }
 
-// x, residual: (..., D).
+// y, c, c_last, mean, rstd.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const OptionalTensor& residual_,
-                                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                                      double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_layer_norm(
+    const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const OptionalTensor& c0_,
+    const OptionalTensor& cu_seqlens_, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+    double clamp) {
+  const Gates gates(f, i, d);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  const Norm norm(f, weight, bias, eps, clamp, Backend::kParametersAsStored);
+  GatedScanNormArgs args;
+  ScanShape& shape = args.scan.shape;
+  shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  const std::array<int64_t, 3> sizes{shape.B, shape.T, shape.D};
+  Tensor y = empty(sizes, f.scalar_type(), f), c = empty(sizes, f.scalar_type(), f);
+  Tensor c_last = empty<2>({shape.num_sequences, shape.D}, acc_type(f), f);
+  Tensor mean = empty<1>({shape.B * shape.T}, acc_type(f), f), rstd = empty<1>({shape.B * shape.T}, acc_type(f), f);
+  args.scan.f = gates.f;
+  args.scan.i = gates.i;
+  args.scan.d = gates.d;
+  args.scan.c = view(c);
+  args.scan.c0 = data_or_null(c0);
+  args.scan.c_last = c_last.data_ptr();
+  args.norm = norm.params;
+  args.y = view(y);
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  Backend::run(args, f);
+  return {y, c, c_last, mean, rstd};
+}
+
+// grad_y must be there, grad_c must not.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_layer_norm_backward(
+    const OptionalTensor& grad_y_, const OptionalTensor& grad_c, const OptionalTensor& grad_c_last_, const Tensor& f,
+    const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_, const OptionalTensor& c0_,
+    const OptionalTensor& cu_seqlens_, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+    const Tensor& rstd, double clamp) {
+  STD_TORCH_CHECK(grad_y_ && !grad_c, "newllm: gated_scan_layer_norm_backward takes a gradient of y, and none of c");
+  const Gates gates(f, i, d);
+  GateGradients grads(gates);
+  const Tensor c = with_contiguous_rows(c_), grad_y = with_contiguous_rows(*grad_y_);
+  const OptionalTensor grad_c_last = contiguous(grad_c_last_);
+  const OptionalTensor c0 = contiguous(c0_), cu_seqlens = contiguous(cu_seqlens_);
+  const Norm norm(f, weight, bias, 0, clamp, Backend::kParametersAsStored);
+  GatedScanNormBackwardArgs args;
+  ScanShape& shape = args.scan.shape;
+  shape = scan_shape(gates.first, gates.D, cu_seqlens);
+  Tensor grad_c0 = empty<2>({shape.num_sequences, shape.D}, acc_type(f), f);
+  Tensor grad_weight = empty<1>({shape.D}, acc_type(f), f), grad_bias = empty<1>({shape.D}, acc_type(f), f);
+  args.scan.f = gates.f;
+  args.scan.i = gates.i;
+  args.scan.d = gates.d;
+  args.scan.c = view(c);
+  args.scan.grad_f = grads.f;
+  args.scan.grad_i = grads.i;
+  args.scan.grad_d = grads.d;
+  args.scan.grad_c_last = data_or_null(grad_c_last);
+  args.scan.c0 = data_or_null(c0);
+  args.scan.grad_c0 = grad_c0.data_ptr();
+  args.norm = norm.params;
+  args.grad_y = view(grad_y);
+  args.mean = mean.data_ptr();
+  args.rstd = rstd.data_ptr();
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_bias = grad_bias.data_ptr();
+  Backend::run(args, f);
+  return {grads.first, grads.second, grads.third, grad_c0, grad_weight, grad_bias};
+}
+
+// x, residual: (..., D). Without a `backward` to come, y itself stands for what nobody wants, statistics and (without a
+// residual) sum: an allocation costs more of the host's time than a small kernel takes.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_for(bool backward, const Tensor& x_,
+                                                          const OptionalTensor& residual_, const OptionalTensor& weight,
+                                                          const OptionalTensor& bias, double eps) {
   const Rows x(x_);
   const std::optional<Rows> residual = rows_of(residual_);
   const Norm norm(x_, weight, bias, eps, 0, Backend::kParametersAsStored);
@@ -126,8 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Op
   args.D = x.width;
   args.norm = norm.params;
   Tensor y = empty_of_shape(x_);
-  Tensor sum = residual ? empty_of_shape(x_) : empty<1>({0}, x_.scalar_type(), x_);
-  Tensor mean = empty<1>({args.rows}, acc_type(x_), x_), rstd = empty<1>({args.rows}, acc_type(x_), x_);
+  Tensor sum = residual ? empty_of_shape(x_) : backward ? empty<1>({0}, x_.scalar_type(), x_) : y;
+  Tensor mean = backward ? empty<1>({args.rows}, acc_type(x_), x_) : y;
+  Tensor rstd = backward ? empty<1>({args.rows}, acc_type(x_), x_) : y;
   args.x = x.data();
   args.x_stride = x.stride;
   if (residual) {
@@ -136,10 +207,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Op
     args.sum = sum.data_ptr();
   }
   args.y = y.data_ptr();
-  args.mean = mean.data_ptr();
-  args.rstd = rstd.data_ptr();
+  args.mean = backward ? mean.data_ptr() : nullptr;
+  args.rstd = backward ? rstd.data_ptr() : nullptr;
   Backend::run(args, x_);
   return {y, sum, mean, rstd};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& residual,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      double eps) {
+  return layer_norm_for<Backend>(true, x, residual, weight, bias, eps);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> layer_norm_plain(const Tensor& x, const OptionalTensor& residual,
+                                            const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const auto [y, sum, mean, rstd] = layer_norm_for<Backend>(false, x, residual, weight, bias, eps);
+  return {y, sum};
 }
 
 template <class Backend>

@@ -16,6 +16,15 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "gated_scan_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? c0, "
       "Tensor? cu_seqlens) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0)");
   m.def(
+      "gated_scan_layer_norm(Tensor f, Tensor? i, Tensor? d, Tensor? c0, Tensor? cu_seqlens, Tensor? weight, Tensor? "
+      "bias, "
+      "float eps, float clamp) -> (Tensor y, Tensor c, Tensor c_last, Tensor mean, Tensor rstd)");
+  m.def(
+      "gated_scan_layer_norm_backward(Tensor? grad_y, Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, "
+      "Tensor? d, Tensor c, Tensor? c0, Tensor? cu_seqlens, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+      "float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0, Tensor grad_weight, "
+      "Tensor grad_bias)");
+  m.def(
       "context_update(Tensor f, Tensor? i, Tensor? d, Tensor c, Tensor? weight, Tensor? bias, float eps, float clamp) "
       "-> Tensor");
   m.def(
@@ -30,6 +39,15 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "c0, "
       "Tensor? weight, Tensor? bias, float eps, float clamp) -> (Tensor grad_f, Tensor grad_i, Tensor grad_d, "
       "Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
+  // CUDA only: chunks of so many steps in passes where `change` (passes, B, chunks) is given and filled; else in order.
+  m.def(
+      "context_scan_in_time(Tensor f, Tensor? i, Tensor? d, Tensor c0, Tensor? weight, Tensor? bias, float eps, float "
+      "clamp, int steps, float tolerance, Tensor(a!)? change) -> (Tensor c, Tensor c_last)");
+  m.def(
+      "context_scan_in_time_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor f, Tensor? i, Tensor? d, Tensor c, "
+      "Tensor c0, Tensor? weight, Tensor? bias, float eps, float clamp, int steps, float tolerance, Tensor(a!)? "
+      "change) "
+      "-> (Tensor grad_f, Tensor grad_i, Tensor grad_d, Tensor grad_c0, Tensor grad_weight, Tensor grad_bias)");
   // activation and norm: as ActivationKind and NormKind of args.h. decay: whether the product of the direct derivatives
   // over T is wanted; what is not wanted is empty.
   m.def(
@@ -44,6 +62,10 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  // Where no gradient will be asked for; without a residual sum is y itself. CUDA only.
+  m.def(
+      "layer_norm_plain(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor "
+      "sum)");
   m.def(
       "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");

@@ -31,6 +31,13 @@ void check(cudaError_t error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, "newllm: CUDA kernel ", kernel, ": ", cudaGetErrorString(error));
 }
 
+// Arguments of context_scan, and how it goes through time.
+template <class Args>
+struct InTime {
+  Args args;
+  cuda::TimeChunks time;
+};
+
 // What operators.h calls.
 struct Cuda {
   static constexpr bool kParametersAsStored = true;
@@ -66,70 +73,151 @@ struct Cuda {
   static void launch(const GatedScanBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::gated_scan_backward(args, scratch, stream), "gated_scan_backward");
   }
+  static void launch(const GatedScanNormArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_layer_norm_forward(args, scratch, stream), "gated_scan_layer_norm");
+  }
+  static void launch(const GatedScanNormBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::gated_scan_layer_norm_backward(args, scratch, stream), "gated_scan_layer_norm_backward");
+  }
   static void launch(const LayerNormArgs& args, const cuda::Scratch&, cudaStream_t stream) {
     check(cuda::layer_norm_forward(args, stream), "layer_norm");
   }
   static void launch(const LayerNormBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
     check(cuda::layer_norm_backward(args, scratch, stream), "layer_norm_backward");
   }
+  static void launch(const ContextArgs& args, const cuda::Scratch&, cudaStream_t stream) {
+    check(cuda::context_update_forward(args, stream), "context_update");
+  }
+  static void launch(const ContextBackwardArgs& args, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::context_update_backward(args, scratch, stream), "context_update_backward");
+  }
+  static void launch(const InTime<ContextArgs>& run, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::context_scan_forward(run.args, run.time, scratch, stream), "context_scan");
+  }
+  static void launch(const InTime<ContextBackwardArgs>& run, const cuda::Scratch& scratch, cudaStream_t stream) {
+    check(cuda::context_scan_backward(run.args, run.time, scratch, stream), "context_scan_backward");
+  }
 };
+
+ContextArgs context_args(const Gates& gates, const Norm& norm, const Tensor& state) {
+  ContextArgs args;
+  args.dtype = dtype_of(gates.first);
+  args.state_dtype = dtype_of(state);
+  args.B = gates.B();
+  args.T = gates.T();
+  args.D = gates.D;
+  args.norm = norm.params;
+  args.f = gates.f;
+  args.i = gates.i;
+  args.d = gates.d;
+  args.c0 = view(state);
+  return args;
+}
 
 Tensor context_update(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
-  const torch::stable::accelerator::DeviceGuard guard(f.get_device_index());
   const Gates gates(f, i, d);
   const Tensor c = with_contiguous_rows(c_);
-  const Norm norm(f, weight, bias, eps, clamp);
+  const Norm norm(f, weight, bias, eps, clamp, Cuda::kParametersAsStored);
   Tensor next = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
-  ContextArgs args;
-  args.dtype = dtype_of(gates.first);
-  args.state_dtype = dtype_of(c);
-  args.B = gates.B();
-  args.T = 1;
-  args.D = gates.D;
-  args.norm = norm.params;
-  args.f = gates.f;
-  args.i = gates.i;
-  args.d = gates.d;
-  args.c0 = view(c);
+  ContextArgs args = context_args(gates, norm, c);
   args.c_last = view(next);
-  check(cuda::context_update_forward(args, current_stream(f.get_device_index())), "context_update");
+  Cuda::run(args, f);
   return next;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_update_backward(
-    const Tensor& grad_, const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c_,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp) {
-  const torch::stable::accelerator::DeviceGuard guard(f.get_device_index());
-  const Gates gates(f, i, d);
-  GateGradients grads(gates);
-  const Tensor c = with_contiguous_rows(c_), grad = with_contiguous_rows(grad_);
-  const Norm norm(f, weight, bias, eps, clamp);
-  Tensor grad_c = empty<2>({gates.B(), gates.D}, c.scalar_type(), c);
-  Tensor grad_weight = empty<1>({gates.D}, ScalarType::Float, f), grad_bias = empty<1>({gates.D}, ScalarType::Float, f);
-  Tensor partial = empty<3>({2, cuda::context_update_blocks(gates.B()), gates.D}, ScalarType::Float, f);
+using ContextGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What a backward reads and writes; of the tensors among it those that are made here are returned by `results`.
+struct ContextBackward {
+  const Gates gates;
+  const Tensor c0;
+  const Norm norm;
+  GateGradients grads;
+  Tensor grad_c0, grad_weight, grad_bias;
   ContextBackwardArgs args;
-  args.dtype = dtype_of(gates.first);
-  args.state_dtype = dtype_of(c);
-  args.B = gates.B();
-  args.T = 1;
-  args.D = gates.D;
-  args.norm = norm.params;
-  args.f = gates.f;
-  args.i = gates.i;
-  args.d = gates.d;
-  args.c0 = view(c);
-  args.grad_c_last = view(grad);
-  args.grad_f = grads.f;
-  args.grad_i = grads.i;
-  args.grad_d = grads.d;
-  args.grad_c0 = view(grad_c);
-  args.grad_weight = grad_weight.data_ptr();
-  args.grad_bias = grad_bias.data_ptr();
-  check(cuda::context_update_backward(args, static_cast<float*>(partial.data_ptr()),
-                                      current_stream(f.get_device_index())),
-        "context_update_backward");
-  return {grads.first, grads.second, grads.third, grad_c, grad_weight, grad_bias};
+
+  ContextBackward(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d, const Tensor& c0_,
+                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, double clamp)
+      : gates(f, i, d),
+        c0(with_contiguous_rows(c0_)),
+        norm(f, weight, bias, eps, clamp, Cuda::kParametersAsStored),
+        grads(gates),
+        grad_c0(empty<2>({gates.B(), gates.D}, c0.scalar_type(), c0)),
+        grad_weight(empty<1>({gates.D}, ScalarType::Float, f)),
+        grad_bias(empty<1>({gates.D}, ScalarType::Float, f)) {
+    args.dtype = dtype_of(gates.first);
+    args.state_dtype = dtype_of(c0);
+    args.B = gates.B();
+    args.T = gates.T();
+    args.D = gates.D;
+    args.norm = norm.params;
+    args.f = gates.f;
+    args.i = gates.i;
+    args.d = gates.d;
+    args.c0 = view(c0);
+    args.grad_f = grads.f;
+    args.grad_i = grads.i;
+    args.grad_d = grads.d;
+    args.grad_c0 = view(grad_c0);
+    args.grad_weight = grad_weight.data_ptr();
+    args.grad_bias = grad_bias.data_ptr();
+  }
+
+  ContextGradients results() const { return {grads.first, grads.second, grads.third, grad_c0, grad_weight, grad_bias}; }
+};
+
+ContextGradients context_update_backward(const Tensor& grad_, const Tensor& f, const OptionalTensor& i,
+                                         const OptionalTensor& d, const Tensor& c, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, double eps, double clamp) {
+  ContextBackward backward(f, i, d, c, weight, bias, eps, clamp);
+  const Tensor grad = with_contiguous_rows(grad_);
+  backward.args.grad_c_last = view(grad);
+  Cuda::run(backward.args, f);
+  return backward.results();
+}
+
+// `change` (passes, B, chunks) is written; without it all steps go in order of time.
+cuda::TimeChunks time_chunks(int64_t steps, double tolerance, const OptionalTensor& change) {
+  cuda::TimeChunks time;
+  time.steps = steps;
+  time.tolerance = float(tolerance);
+  if (change) {
+    time.chunks = int(change->size(2));
+    time.change = static_cast<float*>(change->data_ptr());
+  }
+  return time;
+}
+
+std::tuple<Tensor, Tensor> context_scan(const Tensor& f, const OptionalTensor& i, const OptionalTensor& d,
+                                        const Tensor& c0_, const OptionalTensor& weight, const OptionalTensor& bias,
+                                        double eps, double clamp, int64_t steps, double tolerance,
+                                        const OptionalTensor& change) {
+  const Gates gates(f, i, d);
+  const Tensor c0 = with_contiguous_rows(c0_);
+  const Norm norm(f, weight, bias, eps, clamp, Cuda::kParametersAsStored);
+  Tensor c = empty<3>({gates.B(), gates.T(), gates.D}, f.scalar_type(), f);
+  Tensor c_last = empty<2>({gates.B(), gates.D}, ScalarType::Float, f);
+  InTime<ContextArgs> run{context_args(gates, norm, c0), time_chunks(steps, tolerance, change)};
+  run.args.c = view(c);
+  run.args.c_last = view(c_last);
+  Cuda::run(run, f);
+  return {c, c_last};
+}
+
+ContextGradients context_scan_backward(const OptionalTensor& grad_c_, const OptionalTensor& grad_c_last_,
+                                       const Tensor& f, const OptionalTensor& i, const OptionalTensor& d,
+                                       const Tensor& c_, const Tensor& c0, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, double eps, double clamp, int64_t steps,
+                                       double tolerance, const OptionalTensor& change) {
+  ContextBackward backward(f, i, d, c0, weight, bias, eps, clamp);
+  const Tensor c = with_contiguous_rows(c_);
+  const OptionalTensor grad_c = with_contiguous_rows(grad_c_), grad_c_last = with_contiguous_rows(grad_c_last_);
+  backward.args.c = view(c);
+  backward.args.grad_c = view(grad_c);
+  backward.args.grad_c_last = view(grad_c_last);
+  Cuda::run(InTime<ContextBackwardArgs>{backward.args, time_chunks(steps, tolerance, change)}, f);
+  return backward.results();
 }
 
 // An activation, and the layer that writes it where it is of words.
@@ -244,18 +332,34 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("scan_backward", TORCH_BOX(&newllm::scan_backward<newllm::Cuda>));
   m.impl("gated_scan", TORCH_BOX(&newllm::gated_scan<newllm::Cuda>));
   m.impl("gated_scan_backward", TORCH_BOX(&newllm::gated_scan_backward<newllm::Cuda>));
+  m.impl("gated_scan_layer_norm", TORCH_BOX(&newllm::gated_scan_layer_norm<newllm::Cuda>));
+  m.impl("gated_scan_layer_norm_backward", TORCH_BOX(&newllm::gated_scan_layer_norm_backward<newllm::Cuda>));
   m.impl("layer_norm", TORCH_BOX(&newllm::layer_norm<newllm::Cuda>));
+  m.impl("layer_norm_plain", TORCH_BOX(&newllm::layer_norm_plain<newllm::Cuda>));
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
+<<<<<<< HEAD
   m.impl("decode_layer", TORCH_BOX(&newllm::decode_layer));
   m.impl("decode_linear", TORCH_BOX(&newllm::decode_linear));
   m.impl("decode_run", TORCH_BOX(&newllm::decode_run));
+=======
+  m.impl("context_scan_in_time", TORCH_BOX(&newllm::context_scan));
+  m.impl("context_scan_in_time_backward", TORCH_BOX(&newllm::context_scan_backward));
+>>>>>>> main
 }
 
 // Read by newllm_kernels.native through ctypes.
 extern "C" __attribute__((visibility("default"))) int64_t newllm_context_update_max_width(int device) {
   return newllm::cuda::context_update_max_width(device);
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_layer_norm_max_width(int device) {
+  return newllm::cuda::layer_norm_max_width(device);
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_context_scan_max_width(int device) {
+  return newllm::cuda::context_scan_max_width(device);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_memory() {
@@ -266,8 +370,14 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shar
   return newllm::cuda::gated_scan_shared_memory();
 }
 
+<<<<<<< HEAD
 extern "C" __attribute__((visibility("default"))) int64_t newllm_decode_shared_memory(int64_t layers, int64_t B,
                                                                                       int64_t widest,
                                                                                       int64_t element_size) {
   return newllm::cuda::decode_shared_memory(layers, B, widest, element_size);
+=======
+extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_layer_norm_teams(int device, bool is_float,
+                                                                                             bool backward, int64_t D) {
+  return newllm::cuda::gated_scan_layer_norm_teams(device, is_float, backward, D);
+>>>>>>> main
 }

@@ -56,6 +56,7 @@ class Implementation:
     backward: Callable[..., Any]
     supports: Callable[[Call], Verdict]
     rank: Callable[[Call], int] = lambda call: 0  # for `auto`, where measurement contradicts the order of BACKENDS
+    plain: Callable[..., Any] | None = None  # forward without the outputs that only a backward reads
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -279,21 +280,26 @@ def triton_implementation(
 
 
 def native_implementation(
-    operation: str, backend: str, supports: Callable[[Call], Verdict], rank: Callable[[Call], int] = lambda call: 0
+    operation: str,
+    backend: str,
+    supports: Callable[[Call], Verdict],
+    rank: Callable[[Call], int] = lambda call: 0,
+    plain: str | None = None,
 ) -> Implementation:
     """The compiled operator newllm_native::<operation>; its device decides between CPU and CUDA."""
     if native.library().ok:
-        forward, backward = _native_operator(operation), _native_operator(f"{operation}_backward")
+        forward, backward = native_operator(operation), native_operator(f"{operation}_backward")
     else:
 
         def forward(*args: Any) -> Any:
             raise BackendError(native.library().reason)
 
         backward = forward
-    return Implementation(backend, forward, backward, supports, rank)
+    without = _native_operator(plain) if plain and native.library().ok else None
+    return Implementation(backend, forward, backward, supports, rank, without)
 
 
-def _native_operator(name: str) -> Callable[..., Any]:
+def native_operator(name: str) -> Callable[..., Any]:
     """newllm_native::<name>, as what its OpOverload calls: a frame of Python less."""
     overload = getattr(torch.ops.newllm_native, name).default
     return getattr(overload, "_op", overload)

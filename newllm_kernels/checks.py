@@ -55,9 +55,16 @@ def packed(name: str, gates: Tensor, letters: str | None) -> int:
 
 
 def state(name: str, value: Tensor | None, shape: tuple[int, ...], beside_name: str, beside: Tensor) -> Tensor | None:
-    """A state of `shape` beside a tensor: of its dtype or its accumulation type. Comes back in the accumulation type."""
+    """A state of `shape` beside a tensor, as `state_as_given` wants it. Comes back in the accumulation type."""
     if value is None:
         return None
+    state_as_given(name, value, shape, beside_name, beside)
+    acc = acc_dtype(beside.dtype)
+    return value if value.dtype == acc else value.to(acc)
+
+
+def state_as_given(name: str, value: Tensor, shape: tuple[int, ...], beside_name: str, beside: Tensor) -> None:
+    """A state of `shape` beside a tensor: of its dtype or its accumulation type."""
     acc = acc_dtype(beside.dtype)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor {shape} or None")
@@ -68,7 +75,6 @@ def state(name: str, value: Tensor | None, shape: tuple[int, ...], beside_name: 
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {tuple(shape)}")
     if value.device != beside.device:
         raise ValueError(f"{name}: got device {value.device}, wanted {beside.device}, that of {beside_name}")
-    return value if value.dtype == acc else value.to(acc)
 
 
 def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside: Tensor) -> Tensor | None:

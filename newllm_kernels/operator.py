@@ -22,10 +22,12 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    plain: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define the operator `newllm::<schema>` and return a function that calls it.
 
-    Without `backward`, differentiating the operator is an error.
+    Without `backward`, differentiating the operator is an error. `plain` computes calls that nobody records, and may leave
+    out last outputs that only a backward reads; without it the kernel does.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,11 +54,11 @@ def define(
             return output
 
     Recorded.backward = staticmethod(backward)
-    record = Recorded.apply
+    record, plain = Recorded.apply, plain or kernel
 
     def call(*args: Any) -> Any:
         way = _way(args)
-        return kernel(*args) if way == PLAIN else record(*args) if way == RECORDED else operator(*args)
+        return plain(*args) if way == PLAIN else record(*args) if way == RECORDED else operator(*args)
 
     return call
 

@@ -23,8 +23,13 @@ from newllm_kernels.backends import Call, verdicts
 
 SHAPES = {
     "triton": [(2, 70, 33), (1, 700, 17), (1, 700, 260)],
-    "cuda": [(2, 70, 33), (1, 700, 17), (1, 3000, 64), (1, 700, 640)],  # the last in clusters
+    # (1, 700, 640) in clusters; (300, 3, 72) rows of context_scan that share a multiprocessor, on one of fewer than 300.
+    "cuda": [(2, 70, 33), (1, 700, 17), (1, 3000, 64), (1, 700, 640), (300, 3, 72), (3, 200, 264)],
 }
+
+
+# Of LayerNorm: rows of several warps, and of several blocks.
+NORM_SHAPES = [(1, 9, 2048), (1, 5, 4097), (1, 3, 16384)]
 
 
 def main() -> int:
@@ -42,16 +47,23 @@ def main() -> int:
     for backend in only & SHAPES.keys() or SHAPES:
         for function in only & cases.TRUTH.keys() or cases.TRUTH:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
-            if not verdicts(operation, Call(torch.device("cuda", 0), torch.bfloat16, 33))[backend].ok:
-                continue
-            for shape in SHAPES[backend]:
+            served = False
+            for shape in SHAPES[backend] + (NORM_SHAPES if operation == "layer_norm" and backend == "cuda" else []):
+                if shape[2] > 8192 and torch.cuda.get_device_capability() < (9, 0):
+                    continue
                 for dtype in (torch.float32, torch.bfloat16):
+                    if not verdicts(operation, Call(torch.device("cuda", 0), dtype, shape[2]))[backend].ok:
+                        continue
+                    served = True
                     problem = cases.make(function, *shape, dtype).map(lambda name, x: x.cuda())
                     with nk.use_backend(backend):
                         grads = [torch.randn_like(x) for x in problem.run()]
+                        if (backend, operation) == ("cuda", "gated_scan_layer_norm"):
+                            grads[1] = None  # with a gradient of c it is two operations
                         cases.differentiate(problem.run, problem.tensors, grads)
-            torch.cuda.synchronize()
-            print(f"{backend} {function}", flush=True)
+            if served:
+                torch.cuda.synchronize()
+                print(f"{backend} {function}", flush=True)
     return 0
 
 

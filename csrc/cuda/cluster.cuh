@@ -28,6 +28,13 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arriva
 #endif
 }
 
+// Arrives; what this thread wrote before is seen by whoever waits.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+#ifdef NEWLLM_CLUSTERS
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
 // Arrives, and lets the phase end only after so many bytes have come.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
 #ifdef NEWLLM_CLUSTERS
@@ -36,6 +43,7 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
 #endif
 }
 
+// For the phase of this parity to end. What other blocks of the cluster sent is then seen.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef NEWLLM_CLUSTERS
   uint32_t done = 0;
@@ -43,6 +51,22 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
     asm volatile(
         "{\n.reg .pred done;\n"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+
+// The same among the warps of a block, which throws nothing out of the first-level cache.
+__device__ __forceinline__ void mbarrier_wait_in_block(uint64_t* barrier, uint32_t parity) {
+#ifdef NEWLLM_CLUSTERS
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
         "selp.u32 %0, 1, 0, done;\n}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
@@ -61,6 +85,17 @@ __device__ __forceinline__ void send(float4 value, float4* target, uint64_t* bar
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
       "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier_there)
       : "memory");
+#endif
+}
+
+// Stores 16 bytes into the shared memory of block `rank` of the cluster, which sees them after cluster_sync.
+__device__ __forceinline__ void store_remote(float4 value, float4* target, uint32_t rank) {
+#ifdef NEWLLM_CLUSTERS
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(target)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
 #endif
 }
 

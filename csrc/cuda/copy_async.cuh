@@ -5,17 +5,21 @@
 
 namespace newllm::cuda {
 
-// N bytes (4 or 16, both addresses aligned to them), or zeros where `there` is false.
-template <int N>
+// N bytes (4, 8 or 16, both addresses aligned to them), or zeros where `there` is false. NEIGHBOUR: the other half of 256
+// bytes goes to L2 with them, because another block wants it at about this time.
+template <int N, bool NEIGHBOUR = true>
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   const int bytes = there ? N : 0;
-  if constexpr (N == 16) {
-    // The neighbouring 128 bytes go to L2 with it: another block wants them at about this time.
+  if constexpr (N == 16 && NEIGHBOUR) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
                  : "memory");
+  } else if constexpr (N == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
+                 : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(source), "r"(bytes), "n"(N)
+                 : "memory");
   }
 }
 

@@ -23,7 +23,9 @@ __device__ __forceinline__ void grid_barrier(unsigned long long* arrivals) {
     const unsigned long long before = atomicAdd(arrivals, 1ULL);
     const unsigned long long target = (before / gridDim.x + 1) * gridDim.x;
     unsigned long long seen;
+    Patience patience;
     do {
+      patience.again();
       asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(arrivals) : "memory");
     } while (seen < target);
   }

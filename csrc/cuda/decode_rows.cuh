@@ -217,8 +217,11 @@ struct Output {
     }
     const uint64_t* from = static_cast<const uint64_t*>(layer.addend.data) + b * words_of_row(width) + at;
     uint64_t word;
-    do word = load_word(from);
-    while (uint32_t(word >> 32) != launch + layer.addend.from);
+    Patience patience;
+    do {
+      patience.again();
+      word = load_word(from);
+    } while (uint32_t(word >> 32) != launch + layer.addend.from);
     return value_of(word);
   }
 

@@ -8,6 +8,16 @@ namespace newllm::cuda {
 
 __host__ __device__ __forceinline__ int words_of_row(int width) { return (width + 3) & ~3; }
 
+// For loops that ask until another block has written: a wait of several seconds can only be a mistake of ours, and an
+// error is better than a GPU that hangs.
+struct Patience {
+  unsigned asked = 0;
+
+  __device__ __forceinline__ void again() {
+    if (++asked == 1u << 24) __trap();
+  }
+};
+
 // Value and mark come together, so nothing else has to be ordered.
 __device__ __forceinline__ ulonglong2 load_two_words(const uint64_t* from) {
   ulonglong2 words;
@@ -66,7 +76,9 @@ using Quads = float[kHeld][4];
 // Quads at columns k, k + step, ... of a row, zeros past `width`; waits until they are there.
 __device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, int k, int step, int width, Quads& x) {
   bool there;
+  Patience patience;
   do {
+    patience.again();
     there = true;
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
@@ -87,7 +99,9 @@ __device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, i
 template <class W>
 __device__ __forceinline__ void load_pairs(const uint64_t* row, uint32_t mark, int k, int step, int width, Quads& x) {
   bool there;
+  Patience patience;
   do {
+    patience.again();
     there = true;
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
@@ -144,8 +158,8 @@ struct Progress {
     if (threadIdx.x % 32 == 0) {
       const int shift = unit_shift(layers[layer].parts), units = (layers[layer].N + (1 << shift) - 1) >> shift;
       const unsigned long long wanted = (launches + 1) * min(units, int(gridDim.x));
-      while (load_word(reinterpret_cast<const uint64_t*>(finished + layer)) < wanted) {
-      }
+      Patience patience;
+      while (load_word(reinterpret_cast<const uint64_t*>(finished + layer)) < wanted) patience.again();
     }
     __syncwarp();
   }

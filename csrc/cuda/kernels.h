@@ -24,19 +24,47 @@ cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch
 int64_t scan_shared_memory();
 int64_t gated_scan_shared_memory();
 
-// Rows of up to 8192 elements.
+// Rows of up to layer_norm_max_width elements, wherever they begin; whole 16 bytes are faster, and so are weight and bias
+// of one dtype. `args.mean` and `args.rstd` may be absent.
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
-// Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell. `partial` is scratch of
-// 2 * context_update_blocks(B) * D floats.
+// 65536 on Hopper and newer, whose blocks can share a row, 8192 elsewhere.
+int64_t layer_norm_max_width(int device);
+
+// How context_scan cuts time into chunks that run side by side, in passes (context_scan/passes.py). Of one chunk, the
+// last two are not used.
+struct TimeChunks {
+  int64_t steps = 0;  // of a chunk; the last may have fewer
+  int chunks = 1;
+  float tolerance = 0;      // squared relative change of a chunk's start from which on it is computed again
+  float* change = nullptr;  // written, (kContextPasses, B, chunks): those changes
+};
+constexpr int kContextPasses = 4;
+
+// Rows of up to context_scan_max_width columns; states are float32.
+cudaError_t context_scan_forward(const ContextArgs& args, const TimeChunks& time, const Scratch& scratch,
+                                 cudaStream_t stream);
+cudaError_t context_scan_backward(const ContextBackwardArgs& args, const TimeChunks& time, const Scratch& scratch,
+                                  cudaStream_t stream);
+
+// Widest D whose slots fit into the shared memory of one block of this device, forward and backward.
+int64_t context_scan_max_width(int device);
+
+// One launch of blocks that run at the same time; cudaErrorInvalidConfiguration where the teams below are none, or rows
+// are not of whole 16 bytes at multiples of 16 bytes.
+cudaError_t gated_scan_layer_norm_forward(const GatedScanNormArgs& args, const Scratch& scratch, cudaStream_t stream);
+cudaError_t gated_scan_layer_norm_backward(const GatedScanNormBackwardArgs& args, const Scratch& scratch,
+                                           cudaStream_t stream);
+
+// Sequences of D columns that they work on at a time on this device.
+int64_t gated_scan_layer_norm_teams(int device, bool is_float, bool backward, int64_t D);
+
+// Where `args.c` and `args.grad_c` are absent and T is 1: one step of the cell, rows of up to context_update_max_width.
 cudaError_t context_update_forward(const ContextArgs& args, cudaStream_t stream);
-cudaError_t context_update_backward(const ContextBackwardArgs& args, float* partial, cudaStream_t stream);
+cudaError_t context_update_backward(const ContextBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
-// Blocks of the backward: a function of the shape only, so that sums are added in the same order on every GPU.
-int64_t context_update_blocks(int64_t rows);
-
-// Widest D whose row fits into the shared memory of one block of this device (forward and backward).
+// Widest D whose row fits into registers, or into the shared memory of one block of this device, forward and backward.
 int64_t context_update_max_width(int device);
 
 // Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are 2 + layers

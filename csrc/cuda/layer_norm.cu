@@ -1,159 +1,96 @@
-// Launches of layer_norm.cuh: which layout for which width. Those of 256, 1024 and 4096 columns of 16 bits are the
-// fastest of the few measured on an H100 (docs/performance.md), the others follow from them.
-#include "layer_norm.cuh"
-
-#include "device.h"
-#include "kernels.h"
+// LayerNorm forward: which tile for which width. Those of 256, 1024 and 4096 columns of 16 bits are the fastest of
+// those measured on an H100 (docs/performance.md), the others follow from them.
+#include "layer_norm_forward.cuh"
+#include "layer_norm_launch.cuh"
 
 namespace newllm::cuda {
 namespace {
 
-// The most blocks that run at a time; more would only wait.
-template <auto kKernel, int kThreads>
-cudaError_t resident_blocks(const Device& device, int64_t shared, int64_t& blocks) {
-  static std::atomic<int> known[kMostDevices];
-  int each = shared == 0 ? known[device.index].load(std::memory_order_relaxed) : 0;
-  if (each == 0) {
-    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, size_t(shared));
-    if (error != cudaSuccess) return error;
-    if (shared == 0) known[device.index].store(each);
-  }
-  blocks = int64_t(each) * device.multiprocessors;
-  return cudaSuccess;
-}
-
-template <class Layout>
-int64_t blocks_for(int64_t rows, int64_t resident) {
-  const int64_t wanted = (rows + Layout::kGroups - 1) / Layout::kGroups;
-  return wanted < resident ? wanted : resident;
-}
-
-template <class T, bool ALIGNED, int LPR, int WPR, int VPT, bool RESIDUAL>
-cudaError_t forward(const LayerNormRun& run, cudaStream_t stream) {
-  using Layout = RowLayout<T, LPR, WPR, VPT, ALIGNED>;
-  constexpr auto kKernel = layer_norm_kernel<T, LPR, WPR, VPT, ALIGNED, RESIDUAL>;
+template <class T, class W, bool ALIGNED, class Tile, int ROWS, bool RESIDUAL, bool CLUSTER>
+cudaError_t run_forward(const LayerNormRun& run, cudaStream_t stream) {
+  constexpr auto kKernel = layer_norm_kernel<T, W, Tile, ROWS, ALIGNED, RESIDUAL, CLUSTER>;
+  constexpr int64_t kRows = Tile::kGroups * ROWS;
   Device device;
-  int64_t resident = 0;
-  cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = resident_blocks<kKernel, Layout::kThreads>(device, 0, resident);
+  const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = blocks_for<Layout>(run.args.rows, resident);
-  kKernel<<<static_cast<unsigned>(blocks), Layout::kThreads, 0, stream>>>(run);
-  return cudaGetLastError();
+  Grid grid;
+  grid.blocks = (run.args.rows + kRows - 1) / kRows * run.cluster;
+  grid.threads = Tile::kThreads;
+  grid.cluster = run.cluster;
+  grid.early = true;
+  return launch<kKernel>(grid, device, stream, run);
 }
 
-template <class T, bool ALIGNED, int LPR, int WPR, int VPT>
-cudaError_t forward(const LayerNormRun& run, cudaStream_t stream) {
-  return run.args.residual != nullptr ? forward<T, ALIGNED, LPR, WPR, VPT, true>(run, stream)
-                                      : forward<T, ALIGNED, LPR, WPR, VPT, false>(run, stream);
+// Two rows a group, of several warps: as many bytes on their way as with a residual, and half as many meetings.
+template <class T, class W, bool ALIGNED, class Residual, class Alone = Residual, bool CLUSTER = false>
+cudaError_t run_forward(const LayerNormRun& run, cudaStream_t stream) {
+  constexpr int kTwo = sizeof(T) == 2 && ALIGNED && Alone::kWarps > 1 && (Alone::kColumns < 32 || CLUSTER) ? 2 : 1;
+  return run.args.residual != nullptr ? run_forward<T, W, ALIGNED, Residual, 1, true, CLUSTER>(run, stream)
+                                      : run_forward<T, W, ALIGNED, Alone, kTwo, false, CLUSTER>(run, stream);
 }
 
-// Shared memory of the backward's widest row, and from where on it has to be asked for: 48 KB, static memory included.
-// It is asked for whole, so that no thread lowers the limit before another's launch.
-constexpr int64_t kMostShared = 2 * 8192 * sizeof(float), kAskedFor = 47 * 1024;
+using Narrowest = Tile<4, 1, 16, 256, 4>;  // lanes, warps, columns of a thread, threads, blocks of a multiprocessor
+using Warp = Tile<32, 1, 32, 128, 4>;
+using Widest = Tile<32, 16, 16, 512, 2>;
+using InPieces = Tile<32, 8, 32, 256, 2>;
 
-template <class T, bool ALIGNED, int LPR, int WPR, int VPT>
-cudaError_t backward(LayerNormBackwardRun run, const Scratch& scratch, cudaStream_t stream) {
-  using Layout = RowLayout<T, LPR, WPR, VPT, ALIGNED>;
-  constexpr auto kKernel = layer_norm_backward_kernel<T, LPR, WPR, VPT, ALIGNED>;
-  const int64_t D = run.args.D, shared = 2 * D * int64_t(sizeof(float));
-  Device device;
-  int64_t resident = 0;
-  cudaError_t error = current_device(device);
-  if (error == cudaSuccess && shared > kAskedFor) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMostShared));
-  }
-  if (error == cudaSuccess) error = resident_blocks<kKernel, Layout::kThreads>(device, shared, resident);
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = blocks_for<Layout>(run.args.rows, resident);
-  run.partial = scratch.allocate(scratch.context, 2 * blocks * D);
-  kKernel<<<static_cast<unsigned>(blocks), Layout::kThreads, shared, stream>>>(run);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  layer_norm_reduce_kernel<<<dim3(static_cast<unsigned>((D + 31) / 32), 2), 32 * kReduceWarps, 0, stream>>>(
-      run.partial, blocks, D, static_cast<float*>(run.args.grad_weight), static_cast<float*>(run.args.grad_bias));
-  return cudaGetLastError();
+template <class T, class W>
+cudaError_t forward_aligned(LayerNormRun run, cudaStream_t stream) {
+  constexpr int kFive = sizeof(T) == 2 ? 5 : 4;  // a row of float32 takes twice the registers
+  using Alone = std::conditional_t<sizeof(T) == 2, Tile<32, 8, 32, 256, 3>, Widest>;
+  const int64_t D = run.args.D;
+  if (D <= 64) return run_forward<T, W, true, Narrowest>(run, stream);
+  if (D <= 128) return run_forward<T, W, true, Tile<8, 1, 16, 256, kFive>>(run, stream);
+  if (D <= 256) return run_forward<T, W, true, Tile<16, 1, 16, 256, kFive>>(run, stream);
+  if (D <= 512) return run_forward<T, W, true, Tile<32, 1, 16, 256, kFive>>(run, stream);
+  if (D <= 768) return run_forward<T, W, true, Tile<32, 1, 24, 128, sizeof(T) == 2 ? 6 : 4>>(run, stream);
+  if (D <= 1024)
+    return run_forward<T, W, true, Tile<32, 1, 32, 128, sizeof(T) == 4 ? 4 : sizeof(W) == 4 ? 5 : 6>>(run, stream);
+  if (D <= 2048) return run_forward<T, W, true, Tile<32, 4, 16, 256, 3>>(run, stream);
+  if (D <= 3072) return run_forward<T, W, true, Tile<32, 4, 24, 128, 4>>(run, stream);
+  if (D <= 4096) return run_forward<T, W, true, Tile<32, 8, 16, 256, 3>>(run, stream);
+  if (D <= 6144) return run_forward<T, W, true, Tile<32, 8, 24, 256, 2>>(run, stream);
+  if (D <= kWidest) return run_forward<T, W, true, Widest, Alone>(run, stream);
+  cut(run);
+  return run_forward<T, W, true, InPieces, InPieces, true>(run, stream);
 }
 
-bool aligned(const void* data, int64_t stride, int64_t each) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % each == 0;
+template <class T>
+cudaError_t forward_unaligned(LayerNormRun run, cudaStream_t stream) {
+  const int64_t D = run.args.D;
+  if (D <= 64) return run_forward<T, void, false, Narrowest>(run, stream);
+  if (D <= 1024) return run_forward<T, void, false, Warp>(run, stream);
+  if (D <= kWidest) return run_forward<T, void, false, Widest>(run, stream);
+  cut(run);
+  return run_forward<T, void, false, Widest, Widest, true>(run, stream);
 }
-
-template <class T, bool ALIGNED>
-cudaError_t forward(const LayerNormRun& run, cudaStream_t stream) {
-  const int64_t vectors = (run.args.D * int64_t(sizeof(T)) + 15) / 16;
-  if (vectors <= 8) return forward<T, ALIGNED, 8, 1, 1>(run, stream);
-  if (vectors <= 32) return forward<T, ALIGNED, 16, 1, 2>(run, stream);
-  if (vectors <= 64) return forward<T, ALIGNED, 32, 1, 2>(run, stream);
-  if (vectors <= 128) return forward<T, ALIGNED, 32, 2, 2>(run, stream);
-  if (vectors <= 256) return forward<T, ALIGNED, 32, 4, 2>(run, stream);
-  if (vectors <= 512) return forward<T, ALIGNED, 32, 8, 2>(run, stream);
-  if (vectors <= 1024) return forward<T, ALIGNED, 32, 16, 2>(run, stream);
-  if constexpr (sizeof(T) == 4) {
-    if (vectors <= 2048) return forward<T, ALIGNED, 32, 32, 2>(run, stream);
-  }
-  return cudaErrorInvalidValue;  // wider rows are refused in Python
-}
-
-template <class T, bool ALIGNED>
-cudaError_t backward(const LayerNormBackwardRun& run, const Scratch& scratch, cudaStream_t stream) {
-  const int64_t vectors = (run.args.D * int64_t(sizeof(T)) + 15) / 16;
-  if (vectors <= 8) return backward<T, ALIGNED, 8, 1, 1>(run, scratch, stream);
-  if (vectors <= 32) return backward<T, ALIGNED, 32, 1, 1>(run, scratch, stream);
-  if (vectors <= 64) return backward<T, ALIGNED, 32, 2, 1>(run, scratch, stream);
-  if (vectors <= 128) return backward<T, ALIGNED, 32, 4, 1>(run, scratch, stream);
-  if (vectors <= 256) return backward<T, ALIGNED, 32, 8, 1>(run, scratch, stream);
-  if (vectors <= 512) return backward<T, ALIGNED, 32, 16, 1>(run, scratch, stream);
-  if (vectors <= 1024) return backward<T, ALIGNED, 32, 16, 2>(run, scratch, stream);
-  if constexpr (sizeof(T) == 4) {
-    if (vectors <= 2048) return backward<T, ALIGNED, 32, 16, 4>(run, scratch, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <class Body>
-cudaError_t for_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(__nv_bfloat16{});
-    case DType::kFloat16: return body(__half{});
-    default: return cudaErrorInvalidValue;  // float64 is refused in Python
-  }
-}
-
-Parameter parameter(const void* data, DType dtype) { return {data, dtype == DType::kFloat32}; }
 
 }  // namespace
 
+int64_t layer_norm_max_width(int device) {
+  constexpr auto kKernel = layer_norm_kernel<__half, __half, Widest, 1, true, false, true>;
+  int before = 0;
+  Device asked;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return 0;
+  const bool clusters = current_device(asked) == cudaSuccess && of_hopper<kKernel>(asked);
+  cudaSetDevice(before);
+  return clusters ? kMostPieces * kWidest : kWidest;
+}
+
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
+  if (args.D > kMostPieces * kWidest) return cudaErrorInvalidValue;  // refused in Python
   const LayerNormRun run{args, parameter(args.norm.weight, args.norm.weight_dtype),
-                         parameter(args.norm.bias, args.norm.bias_dtype)};
+                         parameter(args.norm.bias, args.norm.bias_dtype), 1.0f / float(args.D)};
   return for_dtype(args.dtype, [&](auto tag) {
     using T = decltype(tag);
     constexpr int64_t kEach = 16 / sizeof(T);
     const bool whole = args.D % kEach == 0 && aligned(args.x, args.x_stride, kEach) && aligned(args.y, 0, kEach) &&
                        aligned(args.residual, args.residual_stride, kEach) && aligned(args.sum, 0, kEach) &&
                        aligned(args.norm.weight, 0, kEach) && aligned(args.norm.bias, 0, kEach);
-    return whole ? forward<T, true>(run, stream) : forward<T, false>(run, stream);
-  });
-}
-
-cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream) {
-  LayerNormBackwardRun run;
-  run.args = args;
-  run.weight = parameter(args.norm.weight, args.norm.weight_dtype);
-  if (args.rows == 0) {
-    const cudaError_t error = cudaMemsetAsync(args.grad_weight, 0, args.D * sizeof(float), stream);
-    return error != cudaSuccess ? error : cudaMemsetAsync(args.grad_bias, 0, args.D * sizeof(float), stream);
-  }
-  return for_dtype(args.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    constexpr int64_t kEach = 16 / sizeof(T);
-    const bool whole = args.D % kEach == 0 && aligned(args.x, args.x_stride, kEach) &&
-                       aligned(args.grad_y, args.grad_y_stride, kEach) && aligned(args.grad_x, 0, kEach) &&
-                       aligned(args.grad_sum, args.grad_sum_stride, kEach) && aligned(args.norm.weight, 0, kEach);
-    return whole ? backward<T, true>(run, scratch, stream) : backward<T, false>(run, scratch, stream);
+    const bool floats = run.weight.is_float;
+    if (!whole || run.bias.is_float != floats) return forward_unaligned<T>(run, stream);
+    return floats ? forward_aligned<T, float>(run, stream) : forward_aligned<T, T>(run, stream);
   });
 }
 

@@ -58,11 +58,17 @@ struct Vec<__half, 2> {
 template <>
 struct Vec<__nv_bfloat16, 2> {
   using Raw = __nv_bfloat162;
-  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[2]) {
-    const float2 y = __bfloat1622float2(raw);
-    x[0] = y.x, x[1] = y.y;
+  static __device__ __forceinline__ void unpack(Raw raw, float (&x)[2]) {  // an instruction each
+    const uint32_t bits = reinterpret_cast<const uint32_t&>(raw);
+    x[0] = __uint_as_float(bits << 16), x[1] = __uint_as_float(bits & 0xffff0000u);
   }
   static __device__ __forceinline__ Raw pack(const float (&x)[2]) { return __floats2bfloat162_rn(x[0], x[1]); }
+};
+
+// weight or bias of LayerNorm: float32, or of the dtype of the rows.
+struct Parameter {
+  const void* data = nullptr;
+  bool is_float = true;
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -81,7 +87,11 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // e^-x for a sigmoid. Past x = -88 it would overflow, and slopes become 0 * inf; NaN stays. At 88 the reciprocal is
 // below 2^-126 and flushed, so that the sigmoid of -inf is 0.
-__device__ __forceinline__ float exp_minus(float x) { return exp2_fast((x < -88.0f ? 88.0f : -x) * kLog2e); }
+__device__ __forceinline__ float exp_minus(float x) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x * -kLog2e), "f"(88.0f * kLog2e));
+  return exp2_fast(y);
+}
 
 struct Activation {
   float value, slope;

@@ -42,9 +42,10 @@ struct GatedForward {  // f, i, d -> c
   };
   static __host__ __device__ constexpr bool in_pair(int) { return true; }
   static __device__ __forceinline__ void pair(const float (&x)[3], Kept& kept, float& a, float& b) {
-    kept.a = a = sigmoid_fast(x[0]).value;
-    // sigmoid(i) tanh(d) over one denominator; it stays below 2^128.
-    const float e_i = exp_minus(x[1]), e_d = exp2_fast(-2.0f * kLog2e * fabsf(x[2]));
+    // Without slopes an exponential may overflow: its reciprocal is 0, as it should be.
+    kept.a = a = reciprocal_fast(1.0f + exp2_fast(x[0] * -kLog2e));
+    // sigmoid(i) tanh(d) over one denominator.
+    const float e_i = exp2_fast(x[1] * -kLog2e), e_d = exp2_fast(-2.0f * kLog2e * fabsf(x[2]));
     kept.b = b = copysignf(tanh_numerator(x[2], e_d), x[2]) * reciprocal_fast((1.0f + e_i) * (1.0f + e_d));
   }
   static __device__ __forceinline__ float step(const float (&)[3], Kept kept, float state, float (&y)[1]) {

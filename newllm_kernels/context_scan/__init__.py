@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from newllm_kernels import backends, checks, gates
-from newllm_kernels.context_scan import reference, seams
+from newllm_kernels import backends, checks, gates, native
+from newllm_kernels.context_scan import cuda, reference, seams
 from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
@@ -89,7 +89,7 @@ def _checked(f, i, d, c0, weight, bias, eps, clamp, name, D):
 
 def _reporting(direction: str, f: Tensor, D: int) -> backends.Implementation:
     implementation = backends.select("context_scan", f, D)
-    if implementation.backend != "triton":  # which alone has chunks, and reports them itself
+    if implementation.backend not in ("cuda", "triton"):  # which alone have chunks, and report them themselves
         seams.report(direction, f.shape[1])
     return implementation
 
@@ -156,10 +156,22 @@ backends.register(
 backends.register("context_scan", backends.native_implementation("context_scan", "cpu", backends.supports_cpu))
 
 
+def _supports_cuda(call: backends.Call) -> Verdict:
+    verdict = backends.supports_cuda(call)
+    if verdict.ok:
+        widest = native.cuda_max_width("context_scan", call.device.index or 0)
+        if call.width > widest:
+            return Verdict(False, f"keeps steps in shared memory: D up to {widest} on this GPU, got {call.width}")
+    return verdict
+
+
 def _supports_triton(call: backends.Call) -> Verdict:
     if call.width > 8192:
         return Verdict(False, f"keeps a row in registers: D up to 8192, got {call.width}")
     return backends.supports_triton(call)
 
 
+backends.register(
+    "context_scan", backends.Implementation("cuda", cuda.context_scan, cuda.context_scan_backward, _supports_cuda)
+)
 backends.register("context_scan", backends.triton_implementation("context_scan", supports=_supports_triton))

@@ -27,16 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from newllm_kernels.context_scan.passes import MOST_CHUNKS, PASSES, TOLERANCE, chunks
 from newllm_kernels.context_scan.seams import report
 from newllm_kernels.context_scan.triton_steps import affine, backward_steps, forward_steps
 from newllm_kernels.layer_norm.triton import reduce_partials
 from newllm_kernels.scan.triton import columns
-from newllm_kernels.triton_support import cdiv, contiguous, kernel, multiprocessors, power_of_two
+from newllm_kernels.triton_support import contiguous, kernel, multiprocessors, power_of_two
 
-PASSES = 4  # the first among them; then in order of time
-MOST_CHUNKS = 64
-# The part of itself by which a start may have moved, squared: less than rounding to the dtype does, and it fades.
-TOLERANCE = {torch.float32: 2.5e-13, torch.bfloat16: 1e-6, torch.float16: 1e-8}
 WHOLE, FIRST, AGAIN, REST = (tl.constexpr(mode) for mode in range(4))
 
 
@@ -265,17 +262,12 @@ class Plan(NamedTuple):
 
 
 def plan(device: torch.device, dtype: torch.dtype, B: int, T: int, D: int, direction: str) -> Plan:
-    """One program a row where rows fill the GPU or steps are few; else chunks, two a multiprocessor and of 64 steps at least:
-    what a chunk begins with should have faded at its end."""
+    """Chunks by `passes.chunks`; warps and rows ahead by the width."""
     BD = max(16, power_of_two(D))
     warps = min(16, max(1, BD // 256))
     # Rows on their way: as many as fit beside each other into half a multiprocessor's shared memory.
     stages = max(1, min(4, 98304 // (BD * dtype.itemsize * (3 if direction == "forward" else 6))))
-    chunks = min(MOST_CHUNKS, 2 * multiprocessors(device) // max(B, 1), T // 64)
-    if chunks < 8 or B == 0:  # passes walk a chunk two or three times
-        return Plan(1, T, warps, stages)
-    steps = cdiv(T, chunks)
-    return Plan(cdiv(T, steps), steps, warps, stages)
+    return Plan(*chunks(B, T, multiprocessors(device)), warps, stages)
 
 
 def _constants(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from newllm_kernels import backends, checks, gates
-from newllm_kernels.gated_scan_layer_norm import composed, reference
+from newllm_kernels.gated_scan_layer_norm import composed, cuda, reference
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
 
@@ -170,6 +170,6 @@ backends.register(
         "cpu", composed.gated_scan_layer_norm, composed.gated_scan_layer_norm_backward, backends.supports_cpu
     ),
 )
-backends.register(
-    "gated_scan_layer_norm", backends.triton_implementation("gated_scan_layer_norm", supports=_supports_triton)
-)
+_triton = backends.triton_implementation("gated_scan_layer_norm", supports=_supports_triton)
+backends.register("gated_scan_layer_norm", _triton)
+backends.register("gated_scan_layer_norm", cuda.implementation(_triton))

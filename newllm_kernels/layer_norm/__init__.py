@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from newllm_kernels import backends, checks
+from newllm_kernels import backends, checks, native
 from newllm_kernels.layer_norm import reference
 from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
@@ -72,6 +73,13 @@ def _kernel(
     return backends.select("layer_norm", x, x.shape[-1]).forward(x, residual, weight, bias, eps)
 
 
+def _plain(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    implementation = backends.select("layer_norm", x, x.shape[-1])
+    return (implementation.plain or implementation.forward)(x, residual, weight, bias, eps)
+
+
 def _fake(x, residual, weight, bias, eps):
     rows = x.numel() // x.shape[-1]
     statistics = x.new_empty(rows, dtype=acc_dtype(x.dtype)), x.new_empty(rows, dtype=acc_dtype(x.dtype))
@@ -122,6 +130,7 @@ _layer_norm = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    plain=_plain,
 )
 
 backends.register(
@@ -134,12 +143,18 @@ backends.register("layer_norm", backends.native_implementation("layer_norm", "cp
 
 
 def _supports_cuda(call: backends.Call) -> Verdict:
-    if call.width > 8192:
-        return Verdict(False, f"keeps a row in registers: D up to 8192, got {call.width}")
-    return backends.supports_cuda(call)
+    verdict = backends.supports_cuda(call)
+    if verdict.ok:
+        widest = native.cuda_layer_norm_max_width(call.device.index or 0)
+        if call.width > widest:
+            name = torch.cuda.get_device_name(call.device)
+            return Verdict(False, f"keeps a row in registers: D up to {widest} on {name}, got {call.width}")
+    return verdict
 
 
-backends.register("layer_norm", backends.native_implementation("layer_norm", "cuda", _supports_cuda))
+backends.register(
+    "layer_norm", backends.native_implementation("layer_norm", "cuda", _supports_cuda, plain="layer_norm_plain")
+)
 # Measured on an H100: of the copy bandwidth Triton's reaches 87 to 98% forward where the CUDA kernel reaches 84 to 92. But a
 # small call is the host's, who is a fifth faster in calling the CUDA kernel.
 backends.register("layer_norm", backends.triton_implementation("layer_norm", rank=lambda call: 0 if call.small else 1))

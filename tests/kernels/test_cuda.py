@@ -19,6 +19,7 @@ import newllm_kernels as nk
 
 pytestmark = pytest.mark.gpu
 
+HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUNCTIONS = ("scan", "gated_scan", "gated_scan_packed")
 NORMS = ("layer_norm", "add_layer_norm")
@@ -28,7 +29,9 @@ OF_FUNCTIONS = [
     if name.startswith(("scan", "gated_scan", *NORMS)) and not name.startswith("gated_scan_layer")
 ]
 # Every layout of a row: parts of a warp, a warp, several; whole vectors and not; one row, and more than the blocks at a time.
-WIDTHS = [7, 33, 64, 100, 256, 260, 512, 1000, 1024, 2048, 4096, 4097, 6144, 8192]
+WIDTHS = [7, 33, 64, 100, 128, 256, 260, 512, 513, 768, 1000, 1024, 1025, 2048, 3072, 4096, 4097, 6144, 8192]
+# A row for several blocks of a cluster, two to eight of them: pieces of one width and not, whole vectors and not.
+CLUSTER_WIDTHS = [8193, 8200, 16384, 20001, 24576, 65528, 65535, 65536]
 
 # (B, T, D). Rows of 16 bytes and not; whole windows and not; sizes of {1, 7, 33, 1000, 4097}.
 SHAPES = [
@@ -76,16 +79,46 @@ def test_rows(function, D, dtype):
         check(place(make(function, 1, rows, D, dtype)))
 
 
+@pytest.mark.skipif(not HAS_CLUSTERS, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", CLUSTER_WIDTHS)
+@pytest.mark.parametrize("function", NORMS)
+def test_rows_of_several_blocks(function, D, dtype):
+    for rows in (1, 67):  # more than the clusters at a time
+        check(place(make(function, 1, rows, D, dtype)))
+
+
 @pytest.mark.parametrize("affine_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [33, 64])
+@pytest.mark.parametrize("D", [33, 64, 1024])
 def test_parameters_of_another_dtype(D, affine_dtype):
     check(place(make("layer_norm", 2, 9, D, torch.bfloat16, affine_dtype=affine_dtype)))
 
 
+@pytest.mark.parametrize("D", [33, 64, 1024])
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_weight_and_bias_need_not_be_alike(missing, D):
+    problem = place(make("layer_norm", 2, 9, D, torch.bfloat16))
+    problem.tensors["bias"] = problem.tensors["bias"].bfloat16()
+    check(problem)
+    check(replace(problem, tensors={name: x for name, x in problem.tensors.items() if name != missing}))
+
+
+@pytest.mark.parametrize("D", [33, 1024, 4096])
+@pytest.mark.parametrize("function", NORMS)
+def test_without_gradients_the_same_bits(function, D):
+    """Then statistics are not written, and nothing else is for them."""
+    problem = place(make(function, 2, 33, D, torch.bfloat16))
+    with torch.no_grad():
+        plain = problem.run()
+    for x, y in zip(plain, problem.run({k: x.requires_grad_() for k, x in problem.tensors.items()}), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("function", NORMS)
 def test_rows_too_wide_are_refused_by_name(function):
-    with pytest.raises(nk.BackendError, match="D up to 8192, got 8200"):
-        place(make(function, 1, 3, 8200)).run()
+    widest = 65536 if HAS_CLUSTERS else 8192
+    with pytest.raises(nk.BackendError, match=rf"D up to {widest} .*, got {widest + 8}"):
+        place(make(function, 1, 3, widest + 8)).run()
 
 
 def test_a_large_mean_takes_nothing_from_the_variance():
@@ -122,6 +155,8 @@ def test_any_shape_stride_and_alignment():
     for _ in range(40):
         function, dtype = choose.choice(FUNCTIONS + NORMS), choose.choice(DTYPES)
         B, T, D = choose.choice([1, 1, 2, 9]), choose.randrange(1, 3000), choose.choice([7, 8, 33, 64, 100, 264])
+        if function in NORMS:
+            T, D = T % 100 + 1, choose.choice([D, 1024, 1032, 4096, 4100, 6145])
         problem = place(make(function, B, T, D, dtype))
         for name, x in problem.tensors.items():
             if x.dim() == 3:
@@ -148,6 +183,32 @@ def test_same_bits_on_many_streams(function, shape):
     for got, got_grads in found:
         for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("D", [256, 1024, 4096, 16384])
+@pytest.mark.parametrize("function", NORMS)
+def test_norms_one_after_the_other(function, D):
+    """A kernel that takes its places while the one before runs out must wait for what that writes: each call reads the output
+    of the last, into memory that was freed just before."""
+    if D > 8192 and not HAS_CLUSTERS:
+        pytest.skip("needs compute capability 9.0")
+    problem = place(make(function, 1, 500, D, torch.bfloat16))
+
+    def chain(wait):
+        tensors = dict(problem.tensors)
+        for _ in range(20):
+            leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+            outputs = problem.run(leaves)
+            grads = torch.autograd.grad(outputs[0], list(leaves.values()), outputs[0].detach())
+            tensors["x"] = grads[0]
+            tensors["weight"] = tensors["weight"] + grads[-2] * 1e-3
+            if wait:
+                torch.cuda.synchronize()
+        return tensors
+
+    want = chain(wait=True)
+    for name, x in chain(wait=False).items():
+        assert torch.equal(x, want[name]), name
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 64), (1, 5000, 1024), (1, 20000, 64)], ids=str)

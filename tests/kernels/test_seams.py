@@ -12,6 +12,7 @@ import torch
 from cases import make, relative_error
 
 import newllm_kernels as nk
+from newllm_kernels.context_scan import cuda, passes
 from newllm_kernels.context_scan.seams import Seams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,14 +21,17 @@ B, CHUNKS, STEPS, D = 2, 5, 4, 9
 WHOLE = {"chunks": 1, "passes": 1, "mismatch": 0.0, "in_order": False}
 
 
-@pytest.fixture
-def in_chunks(monkeypatch):
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def in_chunks(monkeypatch, request):
     """Few steps in chunks, which the plan would walk in one piece."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    from newllm_kernels.context_scan import triton
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        from newllm_kernels.context_scan import triton
 
-    monkeypatch.setattr(triton, "plan", lambda *args: triton.Plan(CHUNKS, STEPS, 1, 2))
-    with nk.use_backend("triton"):
+        monkeypatch.setattr(triton, "plan", lambda *args: triton.Plan(CHUNKS, STEPS, 1, 2))
+    else:
+        monkeypatch.setattr(cuda, "plan", lambda *args: (CHUNKS, STEPS))
+    with nk.use_backend(request.param):
         yield
 
 
@@ -114,11 +118,28 @@ def test_the_largest_of_all_rows_counts():
     assert Seams("forward", 7, 4, change, 0.1**2).passes == 3
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "want"),
+    [
+        (8, 4096, (33, 125)),
+        (1, 16384, (64, 256)),
+        (1, 600, (9, 67)),
+        (1, 511, (1, 511)),  # chunks of 64 steps would be seven
+        (34, 4096, (1, 4096)),  # rows enough
+        (0, 600, (1, 600)),
+    ],
+)
+def test_the_plan_of_132_multiprocessors(B, T, want):
+    chunks, steps = passes.chunks(B, T, 132)
+    assert (chunks, steps) == want
+    assert (chunks - 1) * steps < max(T, 1) <= chunks * steps  # the last has at least one
+
+
 def test_two_chunks_have_no_seam_that_moves():
     assert Seams("forward", 7, 2, torch.full((4, 1, 2), math.nan), 0.01).passes == 2
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("rows", "T"), [(2, 3), (0, 600)])  # many steps of no row need no chunks
 def test_without_chunks_one_pass(backend, rows, T):
     if backend == "triton":
