@@ -339,14 +339,11 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
-<<<<<<< HEAD
   m.impl("decode_layer", TORCH_BOX(&newllm::decode_layer));
   m.impl("decode_linear", TORCH_BOX(&newllm::decode_linear));
   m.impl("decode_run", TORCH_BOX(&newllm::decode_run));
-=======
   m.impl("context_scan_in_time", TORCH_BOX(&newllm::context_scan));
   m.impl("context_scan_in_time_backward", TORCH_BOX(&newllm::context_scan_backward));
->>>>>>> main
 }
 
 // Read by newllm_kernels.native through ctypes.
@@ -370,14 +367,13 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shar
   return newllm::cuda::gated_scan_shared_memory();
 }
 
-<<<<<<< HEAD
 extern "C" __attribute__((visibility("default"))) int64_t newllm_decode_shared_memory(int64_t layers, int64_t B,
                                                                                       int64_t widest,
                                                                                       int64_t element_size) {
   return newllm::cuda::decode_shared_memory(layers, B, widest, element_size);
-=======
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_layer_norm_teams(int device, bool is_float,
                                                                                              bool backward, int64_t D) {
   return newllm::cuda::gated_scan_layer_norm_teams(device, is_float, backward, D);
->>>>>>> main
 }

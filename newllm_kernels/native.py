@@ -73,20 +73,19 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
-<<<<<<< HEAD
 def cuda_decode_shared_memory(layers: int, rows: int, widest: int, element_size: int) -> int:
     """Bytes of shared memory that a block of decode_linear's kernel takes at least."""
     function = _handle().newllm_decode_shared_memory
     function.restype = ctypes.c_int64
     return function(*(ctypes.c_int64(value) for value in (layers, rows, widest, element_size)))
-=======
+
+
 @functools.cache
 def cuda_gated_scan_layer_norm_teams(device: int, is_float: bool, backward: bool, width: int) -> int:
     """Sequences that its CUDA kernel works on at a time: one for every set of blocks of all columns that the device holds."""
     function = _handle().newllm_gated_scan_layer_norm_teams
     function.restype = ctypes.c_int64
     return function(ctypes.c_int(device), ctypes.c_bool(is_float), ctypes.c_bool(backward), ctypes.c_int64(width))
->>>>>>> main
 
 
 def build_info() -> dict[str, str]:
