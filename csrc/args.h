@@ -194,9 +194,10 @@ struct LayerNormBackwardArgs {
   int64_t x_stride = 0;
   const void* mean = nullptr;
   const void* rstd = nullptr;
-  void* grad_x = nullptr;       // (rows, D) contiguous
-  void* grad_weight = nullptr;  // (D) acc
-  void* grad_bias = nullptr;    // (D) acc
+  void* grad_x = nullptr;              // (rows, D) contiguous
+  void* grad_weight = nullptr;         // (D) acc, on CUDA it may also be of the dtype of the rows
+  void* grad_bias = nullptr;           // (D), of the same dtype
+  DType grad_dtype = DType::kFloat32;  // of these two; read by the CUDA kernels
 };
 
 }  // namespace newllm

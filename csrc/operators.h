@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor> layer_norm_plain(const Tensor& x, const OptionalTenso
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_sum_,
                                                        const Tensor& x_, const Tensor& mean, const Tensor& rstd,
-                                                       const OptionalTensor& weight) {
+                                                       const OptionalTensor& weight, bool as_weight) {
   const Rows x(x_);
   const std::optional<Rows> grad_y = rows_of(grad_y_), grad_sum = rows_of(grad_sum_);
   const Norm norm(x_, weight, std::nullopt, 0, 0, Backend::kParametersAsStored);
@@ -240,7 +240,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& gra
   args.D = x.width;
   args.norm = norm.params;
   Tensor grad_x = empty_of_shape(x_);
-  Tensor grad_weight = empty<1>({args.D}, acc_type(x_), x_), grad_bias = empty<1>({args.D}, acc_type(x_), x_);
+  const ScalarType acc = acc_type(x_), wanted = as_weight && weight ? weight->scalar_type() : acc;
+  const bool written = wanted == acc || (Backend::kParametersAsStored && wanted == x_.scalar_type());
+  Tensor grad_weight = empty<1>({args.D}, written ? wanted : acc, x_);
+  Tensor grad_bias = empty<1>({args.D}, written ? wanted : acc, x_);
   if (grad_y) {
     args.grad_y = grad_y->data();
     args.grad_y_stride = grad_y->stride;
@@ -256,8 +259,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const OptionalTensor& gra
   args.grad_x = grad_x.data_ptr();
   args.grad_weight = grad_weight.data_ptr();
   args.grad_bias = grad_bias.data_ptr();
+  args.grad_dtype = dtype_of(grad_weight);
   Backend::run(args, x_);
-  return {grad_x, grad_weight, grad_bias};
+  if (written) return {grad_x, grad_weight, grad_bias};
+  return {grad_x, torch::stable::to(grad_weight, wanted), torch::stable::to(grad_bias, wanted)};
 }
 
 // What the recurrent kernels read of their weights, kept alive while they run.

@@ -49,9 +49,12 @@ cudaError_t run_backward(LayerNormBackwardRun run, const Scratch& scratch, cudaS
   second.rows = 2;
   second.threads = 32 * kReduceWarps;
   second.early = true;
-  return launch<layer_norm_reduce_kernel>(second, device, stream, static_cast<const float*>(run.partial), parts, D,
-                                          static_cast<float*>(run.args.grad_weight),
-                                          static_cast<float*>(run.args.grad_bias));
+  return for_dtype(run.args.grad_dtype, [&](auto tag) {
+    using G = decltype(tag);
+    return launch<layer_norm_reduce_kernel<G>>(second, device, stream, static_cast<const float*>(run.partial), parts, D,
+                                               static_cast<G*>(run.args.grad_weight),
+                                               static_cast<G*>(run.args.grad_bias));
+  });
 }
 
 template <class T, bool ALIGNED, int LANES, int WARPS, bool CLUSTER = false>
@@ -91,8 +94,9 @@ cudaError_t backward_unaligned(LayerNormBackwardRun run, const Scratch& scratch,
 
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream) {
   if (args.rows == 0) {
-    const cudaError_t error = cudaMemsetAsync(args.grad_weight, 0, args.D * sizeof(float), stream);
-    return error != cudaSuccess ? error : cudaMemsetAsync(args.grad_bias, 0, args.D * sizeof(float), stream);
+    const size_t bytes = args.D * (args.grad_dtype == DType::kFloat32 ? 4 : 2);
+    const cudaError_t error = cudaMemsetAsync(args.grad_weight, 0, bytes, stream);
+    return error != cudaSuccess ? error : cudaMemsetAsync(args.grad_bias, 0, bytes, stream);
   }
   if (args.D > kMostPieces * kWidest) return cudaErrorInvalidValue;  // refused in Python
   LayerNormBackwardRun run;

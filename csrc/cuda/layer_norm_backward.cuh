@@ -210,8 +210,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 // (2, parts, D) -> (D) twice: 32 columns a block, each warp a sixteenth of the parts, all loads of a round at once.
 constexpr int kReduceWarps = 16, kReduceRound = 9;  // 144 parts: an H100 has 132 multiprocessors
 
-static __global__ void __launch_bounds__(32 * kReduceWarps)
-    layer_norm_reduce_kernel(const float* partial, int64_t parts, int64_t D, float* grad_weight, float* grad_bias) {
+template <class T>
+__global__ void __launch_bounds__(32 * kReduceWarps)
+    layer_norm_reduce_kernel(const float* partial, int64_t parts, int64_t D, T* grad_weight, T* grad_bias) {
   __shared__ float sums[kReduceWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t at = int64_t(blockIdx.x) * 32 + lane;
@@ -235,7 +236,7 @@ static __global__ void __launch_bounds__(32 * kReduceWarps)
     sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kReduceWarps; ++w) sum += sums[w][lane];
-    (blockIdx.y == 0 ? grad_weight : grad_bias)[at] = sum;
+    (blockIdx.y == 0 ? grad_weight : grad_bias)[at] = from_float<T>(sum);
   }
 }
 

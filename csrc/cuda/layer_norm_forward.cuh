@@ -168,6 +168,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   moments<Layout, Tile, ROWS, CLUSTER>(x, piece, run, mean, rstd);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) rstd[r] = rsqrtf(fmaf(rstd[r], run.inverse, float(args.norm.eps)));
+  if (args.mean != nullptr && threadIdx.x % Tile::kGroup == 0 && piece.rank == 0) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (!there(r)) continue;
+      static_cast<float*>(args.mean)[first + r] = mean[r];
+      static_cast<float*>(args.rstd)[first + r] = rstd[r];
+    }
+  }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     float w[kEach], b[kEach];
@@ -181,14 +189,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         y.x[e] = from_float<T>(fmaf((to_float(x[r][v].x[e]) - mean[r]) * rstd[r], w[e], b[e]));
       }
       Layout::template store<true>(row(static_cast<T*>(args.y), args.D, r), piece.width, there(r), v, y);
-    }
-  }
-  if (args.mean != nullptr && threadIdx.x % Tile::kGroup == 0 && piece.rank == 0) {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      if (!there(r)) continue;
-      static_cast<float*>(args.mean)[first + r] = mean[r];
-      static_cast<float*>(args.rstd)[first + r] = rstd[r];
     }
   }
 }

@@ -42,9 +42,17 @@ def grad_normalise(g: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
 
 
 def layer_norm_backward(
-    grad_y: Tensor | None, grad_sum: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+    grad_y: Tensor | None,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    as_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias) of normalised rows x (x + residual where there was one)."""
+    """(grad_x, grad_weight, grad_bias) of normalised rows x (x + residual where there was one); the last two in the dtype of
+    weight if `as_weight`, else in the accumulation type."""
+    dtype = acc_dtype(x.dtype) if weight is None or not as_weight else weight.dtype
     acc = acc_dtype(x.dtype)
     rows = (*x.shape[:-1], 1)
     rstd = rstd.view(rows)
@@ -58,4 +66,4 @@ def layer_norm_backward(
         grad_weight, grad_bias = (dy * xhat).flatten(0, -2).sum(dim=0), dy.flatten(0, -2).sum(dim=0)
     if grad_sum is not None:
         grad_x = grad_x + grad_sum.to(acc)
-    return grad_x.to(x.dtype).contiguous(), grad_weight, grad_bias
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(dtype), grad_bias.to(dtype)

@@ -120,8 +120,8 @@ def _reduce(p_gweight, p_gbias, p_out_weight, p_out_bias, parts, D, BP: tl.const
         mask = (o_p < parts)[:, None] & m_d[None, :]
         weight += tl.load(p_gweight + o_p[:, None].to(tl.int64) * D + o_d[None, :], mask=mask, other=0.0)
         bias += tl.load(p_gbias + o_p[:, None].to(tl.int64) * D + o_d[None, :], mask=mask, other=0.0)
-    tl.store(p_out_weight + o_d, tl.sum(weight, axis=0), mask=m_d)
-    tl.store(p_out_bias + o_d, tl.sum(bias, axis=0), mask=m_d)
+    tl.store(p_out_weight + o_d, tl.sum(weight, axis=0).to(p_out_weight.dtype.element_ty), mask=m_d)
+    tl.store(p_out_bias + o_d, tl.sum(bias, axis=0).to(p_out_bias.dtype.element_ty), mask=m_d)
 
 
 @kernel()
@@ -222,10 +222,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def reduce_partials(parts: int, gweight: Tensor, gbias: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts, D) twice -> (D,) twice."""
+def reduce_partials(
+    parts: int, gweight: Tensor, gbias: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(parts, D) twice -> (D,) twice, in `dtype`."""
     D = gweight.shape[1]
-    out_weight, out_bias = (torch.empty(D, dtype=torch.float32, device=gweight.device) for _ in range(2))
+    out_weight, out_bias = (torch.empty(D, dtype=dtype, device=gweight.device) for _ in range(2))
     BD = 8 if D <= 2048 else 32  # columns of a program: 32 bytes at least, and programs enough for the GPU
     _reduce[(cdiv(D, BD),)](gweight, gbias, out_weight, out_bias, parts, D, BP=4096 // BD, BD=BD, num_warps=8)
     return out_weight, out_bias
@@ -277,19 +279,26 @@ def _narrow_forward(
 
 
 def layer_norm_backward(
-    grad_y: Tensor | None, grad_sum: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+    grad_y: Tensor | None,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    as_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """newllm::layer_norm_backward"""
     D = x.shape[-1]
+    dtype = weight.dtype if as_weight and weight is not None else torch.float32
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x.numel() // D
     if rows == 0:
-        return grad_x, *(torch.zeros(D, dtype=torch.float32, device=x.device) for _ in range(2))
+        return grad_x, *(torch.zeros(D, dtype=dtype, device=x.device) for _ in range(2))
     x = as_rows(x)
     mean, rstd, weight = contiguous(mean, rstd, weight)
     grad_y, grad_sum = (None if g is None else as_rows(g) for g in (grad_y, grad_sum))
     strides = (0 if grad_y is None else grad_y.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0))
-    arguments = (grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides)
+    arguments = (grad_y, grad_sum, x, mean, rstd, weight, grad_x, dtype, strides)
     if D > WIDEST and grad_y is not None:
         return grad_x, *_wide_backward(*arguments)
     tile = weights_tile(D)
@@ -299,7 +308,9 @@ def layer_norm_backward(
     return grad_x, *_narrow_backward(*arguments, tile)
 
 
-def _narrow_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides, tile: RowTile) -> tuple[Tensor, Tensor]:
+def _narrow_backward(
+    grad_y, grad_sum, x, mean, rstd, weight, grad_x, dtype, strides, tile: RowTile
+) -> tuple[Tensor, Tensor]:
     rows, D = x.shape
     parts = tile.programs(rows, x.device)
     gweight, gbias = torch.empty((2, parts, D), dtype=torch.float32, device=x.device)
@@ -308,10 +319,10 @@ def _narrow_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides, t
         HAS_GSUM=grad_sum is not None, HAS_WEIGHT=weight is not None, EVEN=tile.BD == D, BR=tile.BR, BD=tile.BD,
         STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    return reduce_partials(parts, gweight, gbias)
+    return reduce_partials(parts, gweight, gbias, dtype)
 
 
-def _wide_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides) -> tuple[Tensor, Tensor]:
+def _wide_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, dtype, strides) -> tuple[Tensor, Tensor]:
     rows, D = x.shape
     _backward_wide[(rows,)](
         grad_y, grad_sum, x, mean, rstd, weight, grad_x, D, *strides, HAS_GSUM=grad_sum is not None,
@@ -324,4 +335,4 @@ def _wide_backward(grad_y, grad_sum, x, mean, rstd, weight, grad_x, strides) -> 
     _backward_wide_weights[(cdiv(D, 1024), parts)](
         grad_y, x, mean, rstd, gweight, gbias, rows, D, strides[0], strides[2], per_program, BD=1024, num_warps=4
     )
-    return reduce_partials(parts, gweight, gbias)
+    return reduce_partials(parts, gweight, gbias, dtype)

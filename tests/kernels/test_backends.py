@@ -184,6 +184,19 @@ def test_the_size_of_a_call_may_decide(monkeypatch, clean_choice):
     assert lines[1].startswith("-> triton")
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype", "first"),
+    [
+        (1024, torch.bfloat16, "triton"), (8192, torch.bfloat16, "triton"), (8200, torch.bfloat16, "cuda"),
+        (65536, torch.float16, "cuda"), (8201, torch.bfloat16, "triton"), (65536, torch.float32, "triton"),
+    ],
+)  # fmt: skip
+def test_wide_rows_go_where_they_were_measured_faster(width, dtype, first):
+    rank = backends._registry["layer_norm"]["triton"].rank
+    call = backends.Call(torch.device("cuda", 0), dtype, width)
+    assert (rank(call) > 0) == (first == "triton")  # CUDA's is 0, and comes first among equals
+
+
 @pytest.mark.skipif(not native.has_cuda_kernels(), reason="built without nvcc")
 @pytest.mark.parametrize("operation", ["scan", "gated_scan"])
 @pytest.mark.parametrize(("kilobytes", "serves"), [(99, False), (163, True), (227, True)])

@@ -103,6 +103,21 @@ def test_weight_and_bias_need_not_be_alike(missing, D):
     check(replace(problem, tensors={name: x for name, x in problem.tensors.items() if name != missing}))
 
 
+@pytest.mark.parametrize("affine_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 9])
+def test_gradients_of_the_parameters_come_in_their_dtype(rows, affine_dtype):
+    """The same sums, rounded once: the last kernel writes what autograd would have to cast."""
+    x, grad = torch.randn(2, rows, 1024, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(1024, dtype=affine_dtype, device="cuda")
+    mean, rstd = torch.randn(rows, device="cuda"), torch.rand(rows, device="cuda")
+    exact = torch.ops.newllm.layer_norm_backward(grad, None, x, mean, rstd, weight, False)
+    rounded = torch.ops.newllm.layer_norm_backward(grad, None, x, mean, rstd, weight, True)
+    for sums, got in zip(exact, rounded, strict=True):
+        assert torch.equal(sums.to(got.dtype), got)
+    assert rounded[1].dtype == rounded[2].dtype == affine_dtype
+    assert exact[1].dtype == exact[2].dtype == torch.float32
+
+
 @pytest.mark.parametrize("D", [33, 1024, 4096])
 @pytest.mark.parametrize("function", NORMS)
 def test_without_gradients_the_same_bits(function, D):

@@ -152,9 +152,9 @@ def taking(tiles, monkeypatch):
 def summed_by_torch(tiles, monkeypatch):
     """The last sum of weight gradients: no tile touches it, test_triton.py has it, and the interpreter takes longest for it."""
 
-    def reduce_partials(parts, gweight, gbias):
+    def reduce_partials(parts, gweight, gbias, dtype=torch.float32):
         assert gweight.shape[0] == gbias.shape[0] == parts
-        return gweight.sum(0), gbias.sum(0)
+        return gweight.sum(0).to(dtype), gbias.sum(0).to(dtype)
 
     for module in ("layer_norm", "context_update", "gated_scan_layer_norm"):
         monkeypatch.setattr(import_module(f"newllm_kernels.{module}.triton"), "reduce_partials", reduce_partials)
