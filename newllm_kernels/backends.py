@@ -304,7 +304,7 @@ def native_implementation(
             raise BackendError(native.library().reason)
 
         backward = forward
-    without = _native_operator(plain) if plain and native.library().ok else None
+    without = native_operator(plain) if plain and native.library().ok else None
     return Implementation(backend, forward, backward, supports, rank, without)
 
 

@@ -5,8 +5,8 @@
 
 namespace newllm::cuda {
 
-// N bytes (4, 8 or 16, both addresses aligned to them), or zeros where `there` is false. NEIGHBOUR: the other half of 256
-// bytes goes to L2 with them, because another block wants it at about this time.
+// N bytes (4, 8 or 16, both addresses aligned to them), or zeros where `there` is false. NEIGHBOUR: the other half of
+// 256 bytes goes to L2 with them, because another block wants it at about this time.
 template <int N, bool NEIGHBOUR = true>
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));

@@ -23,8 +23,8 @@ cudaError_t gated_scan_backward(const GatedScanBackwardArgs& args, const Scratch
 int64_t scan_shared_memory();
 int64_t gated_scan_shared_memory();
 
-// Rows of up to layer_norm_max_width elements, wherever they begin; whole 16 bytes are faster, and so are weight and bias
-// of one dtype. `args.mean` and `args.rstd` may be absent.
+// Rows of up to layer_norm_max_width elements, wherever they begin; whole 16 bytes are faster, and so are weight and
+// bias of one dtype. `args.mean` and `args.rstd` may be absent.
 cudaError_t layer_norm_forward(const LayerNormArgs& args, cudaStream_t stream);
 cudaError_t layer_norm_backward(const LayerNormBackwardArgs& args, const Scratch& scratch, cudaStream_t stream);
 
