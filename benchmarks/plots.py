@@ -34,6 +34,38 @@ def draw(rows: list[Row], stem: Path, content: dict[str, Any]) -> list[Path]:
     return written
 
 
+def draw_generation(content: dict[str, Any], path: Path) -> Path:
+    """Tokens/s of one text against the length of what was read before, a panel for each preset."""
+    runs = [run for run in content["generation"] if "failure" not in run]
+    batch = min((run["batch"] for run in runs), default=1)
+    presets = list(dict.fromkeys(run["preset"] for run in content["generation"]))
+    figure, axes = plt.subplots(
+        1, len(presets), figsize=(1 + 3.6 * len(presets), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, preset in zip(axes[0], presets, strict=True):
+        here = [run for run in runs if run["preset"] == preset and run["batch"] == batch]
+        points = sorted((run["context"], run["tokens_per_s"]) for run in here if run["context"] is not None)
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[COMPILED], label="Transformer, full cache")
+        for run in here:
+            if run["context"] is None:
+                axis.axhline(run["tokens_per_s"], color=COLOURS[OURS], label="New-LLM")
+                bound = run["tokens_per_s"] / run["percent_of_bound"] * 100
+                axis.axhline(bound, color="black", linewidth=1, linestyle="--", label="reading the weights once")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(preset, fontsize=10)
+        axis.set_xlabel("tokens read before", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(f"tokens/s, batch {batch}", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=8)
+    figure.suptitle(f"Generation on {content['device']}, torch {content['torch']}, {content['date'][:10]}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def _label(key: Key) -> str:
     operation, size, dtype, _ = key
     return f"{operation}  {size}  {dtype.replace('float', 'f')}"

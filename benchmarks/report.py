@@ -2,7 +2,7 @@
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
 <device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
-is needed. Files of train_speed.py are printed.
+is needed. Files of train_speed.py are printed; of generation_speed.py <device>-generation.png is drawn too.
 """
 
 from __future__ import annotations
@@ -320,10 +320,36 @@ def training_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _bytes(count: int) -> str:
+    unit, name = next(((2**k, name) for k, name in ((30, "GiB"), (20, "MiB")) if count >= 2**k), (2**10, "KiB"))
+    return f"{count / unit:,.1f} {name}"
+
+
+def generation_table(content: dict[str, Any]) -> str:
+    """Markdown: tokens/s of every model, batch and context, and how near they are to reading the weights once."""
+    headers = ["generation", "batch", "context", "tokens/s", "us a step", "% of weight read", "state", "peak memory"]
+    lines, failures = [], []
+    for run in content["generation"]:
+        context = "any" if run["context"] is None else f"{run['context']:,}"
+        name = [f"{run['preset']} {run['model']}", str(run["batch"]), context]
+        if "failure" in run:
+            failures.append(f"FAILED  {', '.join(name)}: {run['failure']}")
+            continue
+        peak = run["peak_bytes"]
+        lines.append(
+            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms'] * 1e3:,.1f}", f"{run['percent_of_bound']:.1f}",
+             _bytes(run["state_bytes"]), "-" if peak is None else _bytes(peak)]
+        )  # fmt: skip
+    read = f"Memory is read at {content['read_gbps']:,.0f} GB/s."
+    return "\n\n".join([read, _cells(headers, lines), *failures])
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows) or of train_speed.py (runs)."""
+    """A results file, of the benchmarks (rows), of train_speed.py (runs) or of generation_speed.py (generation)."""
     content = json.loads(path.read_text())
-    if not isinstance(content, dict) or not ("runs" in content or {"rows", "copy_gbps"} <= content.keys()):
+    if not isinstance(content, dict) or not (
+        {"runs", "generation"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
+    ):
         raise ValueError("has no rows of benchmarks")
     return content
 
@@ -345,8 +371,14 @@ def main(arguments: list[str]) -> int:
         versions = ", ".join(
             f"{k} {content[k]}" for k in ("torch", "triton", "python", "compiler", "isa") if content[k]
         )
-        body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
+        if "generation" in content:
+            body = generation_table(content)
+        else:
+            body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
+        if "generation" in content:
+            picture = plots.draw_generation(content, path.with_suffix(".png"))
+            print(f"wrote {picture}", file=sys.stderr)
         if "rows" in content:
             for picture in plots.draw(content["rows"], path.with_suffix(""), content):
                 print(f"wrote {picture}", file=sys.stderr)

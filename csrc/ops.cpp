@@ -69,4 +69,19 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
   m.def(
       "layer_norm_backward(Tensor? grad_y, Tensor? grad_sum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
       "bool as_weight=False) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // A layer of one token (csrc/decode_args.h) as bytes on the device, which decode_run runs one under the other, and
+  // decode_linear one at once. Written are y, context, x_out and state_out. `counters` (2) int64 begin as 0.
+  m.def(
+      "decode_layer(Tensor x, Tensor? tokens, Tensor? factor, Tensor? addend, Tensor? residual, Tensor? y, Tensor? "
+      "context, Tensor? kept, Tensor? norm, Tensor? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor? "
+      "state_out, float eps, "
+      "float clamp, int flags, int[] sources, int epilogue, int activation) -> Tensor");
+  m.def(
+      "decode_linear(Tensor x, Tensor? tokens, Tensor? factor, Tensor? addend, Tensor? residual, Tensor(a!)? y, "
+      "Tensor(b!)? context, "
+      "Tensor? kept, Tensor? norm, Tensor(c!)? x_out, Tensor[] weights, Tensor?[] biases, Tensor? state, Tensor(d!)? "
+      "state_out, "
+      "float eps, "
+      "float clamp, int flags, int[] sources, int epilogue, int activation) -> ()");
+  m.def("decode_run(Tensor program, Tensor(a!) counters, Tensor weight, int B, int widest) -> ()");
 }

@@ -227,6 +227,110 @@ ContextGradients context_scan_backward(const OptionalTensor& grad_c_, const Opti
   return backward.results();
 }
 
+// An activation, and the layer that writes it where it is of words.
+DecodeTensor decode_tensor(const OptionalTensor& tensor, int64_t from, bool pairs) {
+  DecodeTensor made;
+  if (!tensor) return made;
+  made.data = tensor->data_ptr();
+  made.from = int32_t(from);
+  made.storage = tensor->scalar_type() == ScalarType::Long    ? (pairs ? DecodeStorage::kPairs : DecodeStorage::kWords)
+                 : tensor->scalar_type() == ScalarType::Float ? DecodeStorage::kFloat
+                                                              : DecodeStorage::kWeight;
+  return made;
+}
+
+// What the decode operators take, as the kernel's descriptor; Python has checked shapes, dtypes and contiguity.
+// `sources`: which layers write x, factor, addend and residual. `flags`: 1 normalize, 2 x is a table, 4 residual is
+// one, 8 barrier; 16, 32, 64, 128: x, factor, y, context are of pairs, not words.
+struct DecodeInputs {
+  const Tensor& x;
+  const OptionalTensor &tokens, &factor, &addend, &residual, &y, &context, &kept, &norm, &x_out;
+  const std::vector<Tensor>& weights;
+  const std::vector<OptionalTensor>& biases;
+  const OptionalTensor &state, &state_out;
+  double eps, clamp;
+  int64_t flags;
+  const std::vector<int64_t>& sources;
+  int64_t epilogue, activation;
+
+  DecodeLinear descriptor() const {
+    STD_TORCH_CHECK(!weights.empty() && weights.size() <= kDecodeMostParts && biases.size() == weights.size() &&
+                        sources.size() == 4,
+                    "newllm: a number of weights that Python should have refused");
+    DecodeLinear layer;
+    layer.x = decode_tensor(x, sources[0], flags & 16);
+    layer.factor = decode_tensor(factor, sources[1], flags & 32);
+    layer.addend = decode_tensor(addend, sources[2], false);
+    layer.residual = decode_tensor(residual, sources[3], false);
+    layer.y = decode_tensor(y, 0, flags & 64);
+    layer.context = decode_tensor(context, 0, flags & 128);
+    layer.tokens = static_cast<const int64_t*>(data_or_null(tokens));
+    layer.kept = static_cast<float*>(data_or_null(kept));
+    layer.norm = data_or_null(norm);
+    layer.x_out = static_cast<float*>(data_or_null(x_out));
+    layer.parts = int32_t(weights.size());
+    for (size_t part = 0; part < weights.size(); ++part) {
+      layer.weight[part] = weights[part].data_ptr();
+      layer.bias[part] = data_or_null(biases[part]);
+    }
+    layer.weight_stride = weights[0].stride(0);
+    layer.state = static_cast<const float*>(data_or_null(state));
+    layer.state_out = static_cast<float*>(data_or_null(state_out));
+    layer.N = int32_t(weights[0].size(0));
+    layer.K = int32_t(weights[0].size(1));
+    layer.B = int32_t(tokens ? tokens->size(0) : x.size(0));
+    layer.eps = float(eps);
+    layer.clamp_value = float(clamp);
+    layer.normalize = flags & 1;
+    layer.x_is_table = flags & 2;
+    layer.residual_is_table = flags & 4;
+    layer.barrier = flags & 8;
+    layer.epilogue = DecodeEpilogue(epilogue);
+    layer.activation = DecodeActivation(activation);
+    return layer;
+  }
+};
+
+Tensor decode_layer(const Tensor& x, const OptionalTensor& tokens, const OptionalTensor& factor,
+                    const OptionalTensor& addend, const OptionalTensor& residual, const OptionalTensor& y,
+                    const OptionalTensor& context, const OptionalTensor& kept, const OptionalTensor& norm,
+                    const OptionalTensor& x_out, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                    const OptionalTensor& state, const OptionalTensor& state_out, double eps, double clamp,
+                    int64_t flags, std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DecodeInputs inputs{x,    tokens, factor, addend,  residual, y,         context,
+                            kept, norm,   x_out,  weights, biases,   state,     state_out,
+                            eps,  clamp,  flags,  sources, epilogue, activation};
+  const DecodeLinear layer = inputs.descriptor();
+  Tensor bytes = empty<1>({sizeof(DecodeLinear) / 8}, ScalarType::Long, x);
+  check(cudaMemcpyAsync(bytes.data_ptr(), &layer, sizeof(layer), cudaMemcpyHostToDevice,
+                        current_stream(x.get_device_index())),
+        "decode_layer");
+  return bytes;
+}
+
+void decode_linear(const Tensor& x, const OptionalTensor& tokens, const OptionalTensor& factor,
+                   const OptionalTensor& addend, const OptionalTensor& residual, const OptionalTensor& y,
+                   const OptionalTensor& context, const OptionalTensor& kept, const OptionalTensor& norm,
+                   const OptionalTensor& x_out, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                   const OptionalTensor& state, const OptionalTensor& state_out, double eps, double clamp,
+                   int64_t flags, std::vector<int64_t> sources, int64_t epilogue, int64_t activation) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DecodeInputs inputs{x,    tokens, factor, addend,  residual, y,         context,
+                            kept, norm,   x_out,  weights, biases,   state,     state_out,
+                            eps,  clamp,  flags,  sources, epilogue, activation};
+  check(cuda::decode_linear(inputs.descriptor(), dtype_of(weights[0]), current_stream(x.get_device_index())),
+        "decode_linear");
+}
+
+void decode_run(const Tensor& program, const Tensor& counters, const Tensor& weight, int64_t B, int64_t widest) {
+  const torch::stable::accelerator::DeviceGuard guard(program.get_device_index());
+  check(cuda::decode_program(static_cast<const DecodeLinear*>(program.data_ptr()), int32_t(program.size(0)),
+                             static_cast<unsigned long long*>(counters.data_ptr()), int32_t(B), widest,
+                             dtype_of(weight), current_stream(program.get_device_index())),
+        "decode_run");
+}
+
 }  // namespace
 }  // namespace newllm
 
@@ -244,6 +348,9 @@ STABLE_TORCH_LIBRARY_IMPL(newllm_native, CUDA, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&newllm::layer_norm_backward<newllm::Cuda>));
   m.impl("context_update", TORCH_BOX(&newllm::context_update));
   m.impl("context_update_backward", TORCH_BOX(&newllm::context_update_backward));
+  m.impl("decode_layer", TORCH_BOX(&newllm::decode_layer));
+  m.impl("decode_linear", TORCH_BOX(&newllm::decode_linear));
+  m.impl("decode_run", TORCH_BOX(&newllm::decode_run));
   m.impl("context_scan_in_time", TORCH_BOX(&newllm::context_scan));
   m.impl("context_scan_in_time_backward", TORCH_BOX(&newllm::context_scan_backward));
 }
@@ -275,6 +382,12 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_scan_shared_mem
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shared_memory() {
   return newllm::cuda::gated_scan_shared_memory();
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t newllm_decode_shared_memory(int64_t layers, int64_t B,
+                                                                                      int64_t widest,
+                                                                                      int64_t element_size) {
+  return newllm::cuda::decode_shared_memory(layers, B, widest, element_size);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_layer_norm_teams(int device, bool is_float,

@@ -46,11 +46,12 @@ inline Tensor empty(size_t dims, const int64_t* sizes, ScalarType dtype, const T
     stride *= sizes[k] > 1 ? sizes[k] : 1;
   }
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16()};
+                                  aoti_torch_dtype_float16(), aoti_torch_dtype_int64()};
   const int code = dtype == ScalarType::Float      ? 0
                    : dtype == ScalarType::Double   ? 1
                    : dtype == ScalarType::BFloat16 ? 2
-                                                   : 3;
+                   : dtype == ScalarType::Half     ? 3
+                                                   : 4;
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));

@@ -1,4 +1,4 @@
-"""What a model is made of: one frozen dataclass, four presets, and the Transformer to compare any of them with.
+"""What a model is made of: one frozen dataclass, five presets, and the Transformer to compare any of them with.
 
 A config is plain data: it validates itself when it is made, goes to JSON and comes back unchanged, and knows
 nothing about weights. Dimension letters, here and in `newllm.model`:
@@ -150,6 +150,10 @@ PRESETS: dict[str, ModelConfig] = {
     "100m": ModelConfig(
         vocab_size=32768, embed_dim=768, hidden_dim=768, context_dim=768, num_layers=12, ffn_dim=1408, fnn_layers=0,
         num_heads=12, max_seq_len=1024,
+    ),
+    "1b": ModelConfig(
+        vocab_size=32768, embed_dim=2048, hidden_dim=2048, context_dim=2048, num_layers=24, ffn_dim=3072, fnn_layers=0,
+        num_heads=32, max_seq_len=2048,
     ),
 }  # fmt: skip
 

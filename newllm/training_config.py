@@ -115,6 +115,9 @@ TRAINING_PRESETS: dict[str, TrainingConfig] = {
     "100m": TrainingConfig(
         steps=50000, batch_size=32, segment=512, lr=6e-4, warmup=1000, eval_every=1000, checkpoint_every=500
     ),
+    "1b": TrainingConfig(
+        steps=100000, batch_size=32, segment=1024, lr=3e-4, warmup=2000, eval_every=2000, checkpoint_every=1000
+    ),
 }
 
 

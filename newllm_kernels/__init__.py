@@ -8,6 +8,8 @@
     layer_norm, add_layer_norm
     gated_scan_layer_norm   gated_scan, and LayerNorm of what it returns
 
+    decode_linear   a linear layer at one token, fused with its neighbours; for generation
+
     ContextUpdate   the cell as a layer         LayerNorm   drop-in for torch.nn.LayerNorm
     ContextRNN      recurrent_context with the manners of torch.nn.LSTM
 
@@ -23,6 +25,7 @@ from newllm_kernels.context_rnn import ContextRNN
 from newllm_kernels.context_scan import context_scan, context_scan_packed
 from newllm_kernels.context_scan.seams import record_seams
 from newllm_kernels.context_update import context_update, context_update_packed
+from newllm_kernels.decode_linear import decode_linear
 from newllm_kernels.gated_scan import gated_scan, gated_scan_packed
 from newllm_kernels.gated_scan_layer_norm import gated_scan_layer_norm, gated_scan_layer_norm_packed
 from newllm_kernels.layer_norm import add_layer_norm, layer_norm
@@ -34,7 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError", "ContextRNN", "ContextUpdate", "LayerNorm", "add_layer_norm", "context_scan", "context_scan_packed",
-    "context_update", "context_update_packed", "current_backend", "explain", "gated_scan", "gated_scan_layer_norm",
+    "context_update", "context_update_packed", "current_backend", "decode_linear", "explain", "gated_scan", "gated_scan_layer_norm",
     "gated_scan_layer_norm_packed", "gated_scan_packed", "layer_norm", "operations", "record_seams", "recurrent_context",
     "scan", "use_backend",
 ]  # fmt: skip

@@ -73,6 +73,13 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
+def cuda_decode_shared_memory(layers: int, rows: int, widest: int, element_size: int) -> int:
+    """Bytes of shared memory that a block of decode_linear's kernel takes at least."""
+    function = _handle().newllm_decode_shared_memory
+    function.restype = ctypes.c_int64
+    return function(*(ctypes.c_int64(value) for value in (layers, rows, widest, element_size)))
+
+
 @functools.cache
 def cuda_recurrent_team(D: int, H: int, device: int) -> int:
     """Blocks that compute recurrent_context's rows of these widths together; negative: as one cluster; 0: they do not fit."""

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../args.h"
+#include "../decode_args.h"
 
 namespace newllm::cuda {
 
@@ -75,5 +76,14 @@ int64_t recurrent_team(int64_t D, int64_t H, int device);
 
 // How many such teams run at once.
 int64_t recurrent_teams(int64_t D, int64_t H, int device);
+
+// Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are 2 + layers
+// numbers there that begin as 0; `widest` is the largest K. All layers have the same B.
+cudaError_t decode_linear(const DecodeLinear& layer, DType dtype, cudaStream_t stream);
+cudaError_t decode_program(const DecodeLinear* program, int32_t layers, unsigned long long* counters, int32_t B,
+                           int64_t widest, DType dtype, cudaStream_t stream);
+
+// Shared memory that a block needs at least, in bytes.
+int64_t decode_shared_memory(int64_t layers, int64_t B, int64_t widest, int64_t element_size);
 
 }  // namespace newllm::cuda

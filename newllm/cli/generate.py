@@ -11,8 +11,11 @@ from tqdm import tqdm
 from newllm.cli.settings import device_settings
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.generation import generate
+from newllm.prepare import training_config
 from newllm.run import find_run
 from newllm.tokenizer import TokenStream
+from newllm.training_config import compute_dtype
+from newllm.weights import in_dtype
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
         if not _is_unicode(prompt):
             raise UserError(f"PROMPT {prompt!r}: not UTF-8 text")
     device = device_settings(args)
-    model, tokenizer = find_run(args.run).load(device)
+    folder = find_run(args.run)
+    model, tokenizer = folder.load(device)
+    model = in_dtype(model, compute_dtype(training_config(folder).precision, device))
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.num_samples)]
     # Every text begins where a text began in training: after the end of the one before.
     tokens = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -30,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     with arguments_are_the_users():
         steps = generate(
             model, tokens, args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            seed=args.seed, eos_id=eos_id,
+            seed=args.seed, eos_id=eos_id, cuda_graph=args.cuda_graph,
         )  # fmt: skip
     # Words stand apart, bytes do not: what follows a word-level prompt is a new word.
     gap = " " if tokenizer.kind == "word" else ""

@@ -190,7 +190,7 @@ def _new_run_options(parser: Parser) -> None:
     _data_options(data)
     _option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: preset and time)")
     _option(run, "--out", "out", str, "its path, instead of a name")
-    _option(model, "--preset", "preset", str, "tiny (default), classic, 40m or 100m")
+    _option(model, "--preset", "preset", str, "tiny (default), classic, 40m, 100m or 1b")
     for flag, field, kind, text in MODEL_OPTIONS:
         _option(model, flag, field, kind, text)
     for flag, field, kind, text in TRAINING_OPTIONS:
@@ -250,6 +250,10 @@ def _generate_options(parser: Parser) -> None:
     parser.add_argument(
         "--stop-at-eos", action="store_true", help="stop where the model ends its text (word: its line)"
     )
+    parser.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
+        help="on a GPU, capture the step in a CUDA graph (default)",
+    )  # fmt: skip
     _run_options(parser)
 
 

@@ -174,4 +174,8 @@ def _supports_triton(call: backends.Call) -> Verdict:
 backends.register(
     "context_scan", backends.Implementation("cuda", cuda.context_scan, cuda.context_scan_backward, _supports_cuda)
 )
-backends.register("context_scan", backends.triton_implementation("context_scan", supports=_supports_triton))
+# Rows of more than 2048 columns cost the CUDA kernels spilled registers, and were not measured against Triton's.
+backends.register(
+    "context_scan",
+    backends.triton_implementation("context_scan", supports=_supports_triton, rank=lambda call: int(call.width > 2048)),
+)

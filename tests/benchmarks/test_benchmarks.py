@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are files beside each other, not a package
 
 import context_passes
+import generation_speed
 import harness
 import operations
 import peers
@@ -155,3 +156,26 @@ def test_our_backends_stand_beside_the_fastest_peer():
     line = next(line for line in report.table(rows, 1e3).splitlines() if "15.0 eager" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")][5:] == ["15.0 eager", "1.20x", "1.50x"]
     assert "our backends" not in report.table(rows[:1], 1e3)
+
+
+def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    options = ["--presets", "tiny", "--batches", "1", "2", "--contexts", "8", "16", "--blocks", "2", "--device", "cpu"]
+    assert generation_speed.main([*options, "--results", str(path)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    runs = {(run["model"], run["batch"], run["context"]): run for run in content["generation"]}
+    transformers = {("transformer", batch, context) for batch in (1, 2) for context in (8, 16)}
+    assert set(runs) == {("newllm", 1, None), ("newllm", 2, None)} | transformers
+    assert all(run["tokens_per_s"] > 0 for run in runs.values())
+    # Two layers, each with one context of 256 float32; or with keys and values of 15 tokens, 192 wide, and the position.
+    assert runs["newllm", 2, None]["state_bytes"] == 2 * 2 * 256 * 4
+    assert runs["transformer", 1, 16]["state_bytes"] == 2 * 2 * 15 * 192 * 4 + 8
+    assert report.generation_table(content) in printed
+    assert report.main([str(path)]) == 0
+    assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_generation_speed_refuses_in_one_line(capsys):
+    assert generation_speed.main(["--presets", "huge"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

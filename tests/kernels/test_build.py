@@ -50,8 +50,9 @@ def test_the_library_is_tied_to_no_python():
 
 
 def test_every_operation_has_its_compiled_kernels():
-    # What recurrent_context has are the loops in the middle of what its operators do.
-    for operation in set(nk.operations()) - {"recurrent_context"}:
+    # What recurrent_context has are the loops in the middle of what its operators do; decode_linear's native operators
+    # write into given outputs.
+    for operation in set(nk.operations()) - {"recurrent_context", "decode_linear"}:
         for suffix in ("", "_backward"):
             schema = getattr(torch.ops.newllm_native, operation + suffix).default._schema
             ours = getattr(torch.ops.newllm, operation + suffix).default._schema

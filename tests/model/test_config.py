@@ -94,11 +94,13 @@ def test_config_cannot_be_changed_in_place():
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'huge'.*classic, tiny, 40m, 100m"):
+    with pytest.raises(ValueError, match=r"'huge'.*classic, tiny, 40m, 100m, 1b"):
         preset("huge")
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", (1, 2)), ("40m", (38, 42)), ("100m", (95, 105))])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("tiny", (1, 2)), ("40m", (38, 42)), ("100m", (95, 105)), ("1b", (950, 1100))]
+)
 def test_presets_are_as_large_as_they_are_called(name, millions):
     assert millions[0] <= count_parameters(preset(name)) / 1e6 <= millions[1]
 

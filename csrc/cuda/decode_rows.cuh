@@ -1,0 +1,269 @@
+// What comes before and after the product of a layer of one token: x, normalised, into shared memory; and of the warps'
+// sums the layer's outputs. All of it is latency, and run so seldom that its size in the instruction cache counts:
+// fields are read from shared memory once, and no loop is unrolled that need not be.
+#pragma once
+
+#include "decode_words.cuh"
+
+namespace newllm::cuda {
+
+// ---- before the product ----
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// Of the threads that multiply.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kDecodeThreads) : "memory"); }
+
+// Of a row's part: how many columns, their mean, and the sum of squares of what is left without it.
+struct Moments {
+  float count, mean, squares;
+};
+
+// Those of the row that `warps` neighbouring warps share; every thread of the block calls it. scratch: one a warp.
+__device__ __forceinline__ Moments join_warps(Moments part, int warps, Moments* scratch) {
+  if (warps == 1) return part;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = part;
+  meet();
+  const Moments* of_row = scratch + (threadIdx.x / 32 & -warps);
+  Moments row{0, 0, 0};
+#pragma unroll 4
+  for (int warp = 0; warp < warps; ++warp) {
+    row.count += of_row[warp].count;
+    row.mean = fmaf(of_row[warp].count, of_row[warp].mean, row.mean);
+  }
+  row.mean = __fdividef(row.mean, row.count);
+#pragma unroll 4
+  for (int warp = 0; warp < warps; ++warp) {
+    const float apart = of_row[warp].mean - row.mean;
+    row.squares += fmaf(apart * apart, of_row[warp].count, of_row[warp].squares);
+  }
+  return row;
+}
+
+__device__ __forceinline__ void store_quad(float* to, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+template <class W>
+__device__ __forceinline__ void store_quad(W* to, const float (&x)[4]) {
+  using Pair = typename Vec<W, 2>::Raw;
+  reinterpret_cast<Pair*>(to)[0] = Vec<W, 2>::pack({x[0], x[1]});
+  reinterpret_cast<Pair*>(to)[1] = Vec<W, 2>::pack({x[2], x[3]});
+}
+
+// Four weights and four biases of LayerNorm, as they are stored.
+template <class W>
+struct NormQuad {
+  uint4 raw[sizeof(W) / 2];
+
+  __device__ __forceinline__ void load(const void* norm, int k) {
+#pragma unroll
+    for (int j = 0; j < int(sizeof(W) / 2); ++j) {
+      raw[j] = static_cast<const uint4*>(norm)[k / 4 * int(sizeof(W) / 2) + j];
+    }
+  }
+  __device__ __forceinline__ float weight(int j) const { return to_float(reinterpret_cast<const W*>(raw)[j]); }
+  __device__ __forceinline__ float bias(int j) const { return to_float(reinterpret_cast<const W*>(raw)[4 + j]); }
+};
+
+// Fills shared memory with p(x). A row is shared out over as few warps as can hold it, for each executes all of this.
+// Passes over a row: mean, squares, result; a row that the threads can hold is read once, with all that the result
+// needs.
+template <class W>
+__device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number, uint32_t launch,
+                                          const Progress& progress, char* shared_x, Moments* scratch) {
+  const DecodeLinear& layer = layers[number];
+  const int K = layer.K, B = layer.B;
+  int log_warps = max(31 - __clz(kDecodeWarps) - (B == 1 ? 0 : 32 - __clz(B - 1)), 0);
+  while (log_warps > 0 && K <= kHeld * 64 << log_warps) --log_warps;
+  const int warps = 1 << log_warps, threads = warps * 32, step = threads * 4, first = threadIdx.x & (threads - 1);
+  const bool normalize = layer.normalize, fits = K <= kHeld * step;
+  const DecodeTensor from = layer.x, factor = layer.factor;
+  const void* norm = layer.norm;
+  const float limit = layer.clamp_value;
+  const int stages = stages_of(K, sizeof(W)), padded = stages * (kStageRowBytes / int(sizeof(W)));
+  const int first_pass = normalize ? 0 : 2;
+  const bool waits = from.storage == DecodeStorage::kWords || from.storage == DecodeStorage::kPairs;
+#pragma unroll 1
+  for (int base = 0; base < B; base += kDecodeWarps >> log_warps) {  // more than once only with a warp a row
+    const int b = base + (threadIdx.x / 32 >> log_warps);
+    const bool real = b < B;
+    const int64_t row = real && layer.x_is_table ? layer.tokens[b] : b;
+    float* const x_out = blockIdx.x == 0 && layer.x_out ? layer.x_out + int64_t(b) * K : nullptr;
+    W* const to = reinterpret_cast<W*>(shared_x + b * x_row_bytes(stages));
+    Moments own{0, 0, 0};
+    float mean = 0, rstd = 1;
+    Quads x, times;
+    NormQuad<W> norms[kHeld];
+#pragma unroll 1
+    for (int pass = first_pass; pass < 3; ++pass) {
+      float sum = 0;
+      int count = 0;
+      if (waits && pass == first_pass && real) progress.wait(layers, from.from);  // whole warps
+#pragma unroll 1
+      for (int k = first * 4; real && k < K; k += kHeld * step) {
+        if (pass == first_pass || !fits) {
+          if (norm && (fits || pass == 2)) {
+#pragma unroll
+            for (int h = 0; h < kHeld; ++h) {
+              if (k + h * step < K) norms[h].load(norm, k + h * step);
+            }
+          }
+          load_quads<W>(from, row, launch, k, step, K, x);
+          if (factor.data && (fits || pass == 2)) load_quads<W>(factor, b, launch, k, step, K, times);
+        }
+#pragma unroll
+        for (int h = 0; h < kHeld; ++h) {
+          const int left = K - k - h * step;
+          if (left <= 0) break;
+          if (pass == 0) {
+            sum += (x[h][0] + x[h][1]) + (x[h][2] + x[h][3]);  // 0 past the end
+            count += min(left, 4);
+          } else if (pass == 1) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const float apart = j < left ? x[h][j] - own.mean : 0.0f;
+              sum = fmaf(apart, apart, sum);
+            }
+          } else {
+            float y[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              y[j] = x[h][j];
+              if (normalize) {
+                y[j] = (y[j] - mean) * rstd;
+                if (norm) y[j] = fmaf(y[j], norms[h].weight(j), norms[h].bias(j));
+                y[j] = y[j] > limit ? limit : y[j];  // false for NaN, which passes as in torch.clamp
+                y[j] = y[j] < -limit ? -limit : y[j];
+              }
+              if (j >= left) y[j] = 0;
+              if (x_out && j < left) x_out[k + h * step + j] = y[j];
+              if (factor.data) y[j] *= times[h][j];
+            }
+            store_quad(to + k + h * step, y);
+          }
+        }
+      }
+      if (pass == 0) {
+        own.count = float(__reduce_add_sync(0xffffffffu, count));
+        own.mean = __fdividef(warp_sum(sum), fmaxf(own.count, 1.0f));
+      } else if (pass == 1) {
+        own.squares = warp_sum(sum);
+        const Moments whole = join_warps(own, warps, scratch);
+        mean = whole.mean;
+        rstd = rsqrtf(__fdividef(whole.squares, float(K)) + layer.eps);
+      }
+    }
+    if (real) {  // zeros up to the end of the last stage
+      for (int k = words_of_row(K) + first; k < padded; k += threads) to[k] = from_float<W>(0.0f);
+    }
+  }
+}
+
+// ---- after it ----
+
+__device__ __forceinline__ float activate(float z, DecodeActivation activation) {
+  switch (activation) {
+    case DecodeActivation::kRelu: return z < 0.0f ? 0.0f : z;  // NaN stays
+    case DecodeActivation::kGelu: return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
+    case DecodeActivation::kSilu: return z * sigmoid_fast(z).value;
+    case DecodeActivation::kTanh: return tanh_fast(z).value;
+    default: return z;
+  }
+}
+
+// One row of a unit, for one row of the batch: eight neighbouring lanes hold the eight. What does not depend on the
+// product is asked for before it.
+template <class W>
+struct Output {
+  int b, unit, n, part, column;
+  bool real;
+  float added, old;  // bias; state or residual
+
+  // Units from `first` to `last` of this block are in work.
+  __device__ __forceinline__ void find(const DecodeLinear& layer, int index, int first, int last) {
+    real = false;
+    if (index / 32 * 32 >= (last - first) * layer.B * kUnitRows) return;  // nothing for the whole warp
+    added = old = 0;
+    const int shift = unit_shift(layer.parts), pair = index / kUnitRows, B = layer.B, N = layer.N;
+    n = index % kUnitRows;
+    unit = B == 1 ? pair : pair / B;
+    b = pair - unit * B;
+    part = n >> shift;
+    column = ((layer.first_unit + first + unit) << shift) + (n & ((1 << shift) - 1));
+    real = first + unit < last && part < layer.parts && column < N;
+    if (!real) return;
+    const W* bias = static_cast<const W*>(layer.bias[part]);
+    if (bias) added = to_float(bias[column]);
+    if (part > 0) return;
+    if (layer.state) old = layer.state[int64_t(b) * N + column];
+    const DecodeTensor residual = layer.residual;
+    if (residual.data == nullptr) return;
+    // `kept` by this block, whose share of N columns is always the same; or a row of a table.
+    const int64_t at = (layer.residual_is_table ? layer.tokens[b] : b) * int64_t(N) + column;
+    const bool is_float = residual.storage == DecodeStorage::kFloat;
+    old = is_float ? static_cast<const float*>(residual.data)[at] : to_float(static_cast<const W*>(residual.data)[at]);
+  }
+
+  // What another layer added up already, once it is there.
+  __device__ __forceinline__ float addend(const DecodeLinear& layer, uint32_t launch) const {
+    const int width = layer.parts * layer.N, at = part * layer.N + column;
+    if (layer.addend.storage == DecodeStorage::kFloat) {
+      return static_cast<const float*>(layer.addend.data)[int64_t(b) * width + at];
+    }
+    const uint64_t* from = static_cast<const uint64_t*>(layer.addend.data) + b * words_of_row(width) + at;
+    uint64_t word;
+    Patience patience;
+    do {
+      patience.again();
+      word = load_word(from);
+    } while (uint32_t(word >> 32) != launch + layer.addend.from);
+    return value_of(word);
+  }
+
+  // partial: (unit, warp, B, 8). A unit of fewer stages than there are lines has sums of the first lines from `line` on
+  // only.
+  __device__ __forceinline__ void finish(const DecodeLinear& layer, const float* partial, int line, int stages,
+                                         uint32_t launch, uint32_t mark) {
+    const int B = layer.B, N = layer.N;
+    float z = added;
+    if (real) {
+      if (layer.addend.data) z += addend(layer, launch);
+      const int step = B * kUnitRows;
+      const float* sums = partial + unit * kDecodeWarps * step + b * kUnitRows + n;
+      line += unit * stages;
+#pragma unroll 1
+      for (int k = 0; k < min(stages, kLines); ++k) {
+        const float* of_line = sums + (line + k) % kLines * kWarpsOfLine * step;
+        for (int warp = 0; warp < kWarpsOfLine; ++warp) z += of_line[warp * step];
+      }
+    }
+    const int columns = 1 << unit_shift(layer.parts), lane = threadIdx.x % 32, own = (lane & ~7) + (n & (columns - 1));
+    float y = z;
+    if (layer.epilogue == DecodeEpilogue::kLinear) {
+      y = activate(z, layer.activation) + old;
+    } else {
+      const float second = __shfl_sync(0xffffffffu, z, own + columns);
+      if (layer.epilogue == DecodeEpilogue::kGated) {
+        y = z * sigmoid_fast(z).value * second;
+      } else {
+        const float third = __shfl_sync(0xffffffffu, z, own + 2 * columns);
+        y = __shfl_sync(0xffffffffu, z, own + 3 * columns);
+        y *= sigmoid_fast(y).value;
+        const float context = sigmoid_fast(z).value * old + sigmoid_fast(second).value * tanh_fast(third).value;
+        const bool here = real && part == 0;
+        if (layer.context.data) store_activation<W>(layer.context, here, b, column, N, context, mark);
+        if (here && layer.state_out) layer.state_out[int64_t(b) * N + column] = context;
+      }
+    }
+    const bool here = real && part == 0;
+    if (layer.y.data) store_activation<W>(layer.y, here, b, column, N, y, mark);
+    if (here && layer.kept) layer.kept[int64_t(b) * N + column] = y;
+  }
+};
+
+}  // namespace newllm::cuda

@@ -1,0 +1,126 @@
+"""Generation on a GPU without the host: the step of a decoder and the draw of its tokens, captured in one CUDA graph.
+
+Tokens, states and random numbers stay on the device. The graph is launched BLOCK times in a row; the tokens of a block are
+copied to the host while the next one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from newllm.generation import BROKEN, Sampling, draw, eager_steps, evaluating, prefill, sane
+from newllm.model import LanguageModel
+from newllm.model.decoding import Decoder, make_decoder
+
+BLOCK = 16  # tokens between two looks at them: a text may be computed that many tokens past its end
+WARM_UPS = 2  # runs before the capture, in which libraries get their memory
+
+
+class StepGraph:
+    """One step: tokens -> logits -> tokens, as a CUDA graph. Every row draws from its own generator."""
+
+    def __init__(self, decoder: Decoder, options: Sampling, generators: list[torch.Generator]) -> None:
+        self.decoder, self.options, self.generators = decoder, options, generators
+        rows, device = decoder.tokens.shape[0], decoder.tokens.device
+        self.written = torch.zeros(BLOCK, rows, dtype=torch.int64, device=device)
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its block
+        self.broken = torch.zeros(1, dtype=torch.bool, device=device)  # whether logits have been NaN or infinite
+
+    def _step(self) -> None:
+        decoder, options = self.decoder, self.options
+        decoder.run()
+        drawn = draw(decoder.logits, options.temperature, options.top_k, options.top_p, self.generators)
+        if options.eos_id is not None:
+            drawn = torch.where(decoder.tokens == options.eos_id, options.eos_id, drawn)
+        self.broken |= ~sane(decoder.logits).all()
+        decoder.tokens.copy_(drawn)
+        self.written.index_copy_(0, self.number, drawn[None])
+        self.number.add_(1).remainder_(BLOCK)
+
+    def capture(self) -> None:
+        """Leaves the decoder's tokens and state, and the generators, anywhere: load them afterwards."""
+        stream = torch.cuda.Stream(self.decoder.tokens.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def start(self, tokens: Tensor) -> None:
+        """The tokens (B,) to go on from, and a new block."""
+        self.decoder.tokens.copy_(tokens)
+        self.number.zero_()
+        self.broken.zero_()
+
+    def run_block(self) -> None:
+        for _ in range(BLOCK):
+            self.graph.replay()
+
+
+def graph_steps(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    options: Sampling,
+    generators: list[torch.Generator],
+) -> Iterator[list[int]]:
+    """As eager_steps. A model without a decoder goes there."""
+    modules = list(model.modules())
+    with torch.inference_mode(), evaluating(modules):
+        decoder = make_decoder(model, len(prompts))
+    if decoder is None:
+        yield from eager_steps(model, prompts, max_new_tokens, options, generators)
+        return
+    with torch.inference_mode(), evaluating(modules):
+        step = StepGraph(decoder, options, generators)
+        before = [generator.get_state() for generator in generators]
+        step.capture()
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        logits, state = prefill(model, prompts)
+        if not sane(logits).all():
+            raise ValueError(BROKEN)
+        first = draw(logits, options.temperature, options.top_k, options.top_p, generators)
+        decoder.load(state)
+        del state
+        step.start(first)
+        blocks = _blocks(step, max_new_tokens - 1)
+        tokens = first.tolist()
+    given = 0
+    while True:
+        yield tokens
+        given += 1
+        if given == max_new_tokens or all(token == options.eos_id for token in tokens):
+            return
+        if (given - 1) % BLOCK == 0:
+            with torch.inference_mode():
+                block = next(blocks)
+        tokens = block[(given - 1) % BLOCK]
+
+
+def _blocks(step: StepGraph, wanted: int) -> Iterator[list[list[int]]]:
+    """The tokens of block after block, each asked for only after the next has been launched."""
+    pending = None
+    for begin in range(0, wanted + BLOCK, BLOCK):
+        following = None
+        if begin < wanted:
+            step.run_block()
+            copies = [x.to("cpu", non_blocking=True) for x in (step.written.clone(), step.broken.clone())]
+            event = torch.cuda.Event()
+            event.record()
+            following = (*copies, event)
+        if pending is not None:
+            written, broken, event = pending
+            event.synchronize()
+            if broken:
+                raise ValueError(BROKEN)
+            yield written.tolist()
+        pending = following
