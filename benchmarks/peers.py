@@ -314,7 +314,7 @@ PROVIDERS: dict[str, list[Provider]] = {
         Provider("compiled", lambda case: compiled(one_cell)),
     ],
     "context_scan": [
-        *_ours("context_scan"),
+        *_ours("context_scan", "cuda", "triton"),
         Provider("eager", lambda case: partial(loop_cell, cell), _too_many_steps),
         # LayerNorm in the loop leaves nothing to parallelise in time: the step is compiled, the loop stays.
         Provider("compiled", lambda case: partial(loop_cell, compiled(cell)), _too_many_steps),
