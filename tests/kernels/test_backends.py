@@ -187,7 +187,7 @@ def test_the_size_of_a_call_may_decide(monkeypatch, clean_choice):
 @pytest.mark.parametrize(
     ("width", "dtype", "first"),
     [
-        (1024, torch.bfloat16, "triton"), (8192, torch.bfloat16, "triton"), (8200, torch.bfloat16, "cuda"),
+        (256, torch.bfloat16, "cuda"), (256, torch.float32, "triton"), (1024, torch.bfloat16, "triton"), (8192, torch.bfloat16, "triton"), (8200, torch.bfloat16, "cuda"),
         (65536, torch.float16, "cuda"), (8201, torch.bfloat16, "triton"), (65536, torch.float32, "triton"),
     ],
 )  # fmt: skip
