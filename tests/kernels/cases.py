@@ -406,3 +406,19 @@ def check_graph(problem: Problem) -> None:
         want = problem.run()
     for x, y in zip(captured, want, strict=True):
         assert torch.equal(x, y)
+
+
+def check_streams(problem: Problem, without: tuple[int, ...] = ()) -> None:
+    """Calls that share the GPU with others, and a call again, leave the bits of a call alone: nothing depends on the order of
+    blocks. `without`: outputs that get no gradient."""
+    grads = [None if k in without else torch.randn_like(x) for k, x in enumerate(problem.run())]
+    want, want_grads = differentiate(problem.run, problem.tensors, grads)
+    torch.cuda.synchronize()
+    found = [differentiate(problem.run, problem.tensors, grads)]
+    for _ in range(5):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(differentiate(problem.run, problem.tensors, grads))
+    torch.cuda.synchronize()
+    for got, got_grads in found:
+        for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
+            assert torch.equal(x, y)

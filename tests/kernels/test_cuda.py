@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import LAYOUTS, VARIANTS, check, check_graph, differentiate, laid_out, make, variant
+from cases import LAYOUTS, VARIANTS, check, check_graph, check_streams, laid_out, make, variant
 from test_compile import check_compiled
 from test_operators import captured, opcheck_all
 
@@ -186,18 +186,7 @@ def test_any_shape_stride_and_alignment():
 @pytest.mark.parametrize("function", FUNCTIONS + NORMS)
 def test_same_bits_on_many_streams(function, shape):
     """Calls that share the GPU with others get the bits of a call alone: nothing depends on the order of blocks."""
-    problem = place(make(function, *shape, torch.bfloat16))
-    grads = [torch.randn_like(x) for x in problem.run()]
-    want, want_grads = differentiate(problem.run, problem.tensors, grads)
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(4):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found.append(differentiate(problem.run, problem.tensors, grads))
-    torch.cuda.synchronize()
-    for got, got_grads in found:
-        for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
-            assert torch.equal(x, y)
+    check_streams(place(make(function, *shape, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("D", [256, 1024, 4096, 16384])

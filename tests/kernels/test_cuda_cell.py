@@ -11,7 +11,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import LAYOUTS, VARIANTS, check, check_graph, differentiate, errors, gradient_layout, laid_out, make, variant
+from cases import (
+    LAYOUTS,
+    VARIANTS,
+    check,
+    check_graph,
+    check_streams,
+    differentiate,
+    errors,
+    gradient_layout,
+    laid_out,
+    make,
+    variant,
+)
 from test_compile import check_compiled
 from test_cuda import DTYPES, place
 from test_operators import captured, opcheck_all
@@ -182,18 +194,7 @@ STREAMED = [
 @pytest.mark.parametrize(("function", "shape"), STREAMED, ids=str)
 def test_same_bits_on_many_streams(function, shape):
     """Calls that share the GPU with others, and calls twice, get the bits of a call alone."""
-    problem = place(make(function, *shape, torch.bfloat16))
-    grads = [torch.randn_like(x) for x in problem.run()]
-    want, want_grads = differentiate(problem.run, problem.tensors, grads)
-    torch.cuda.synchronize()
-    found = [differentiate(problem.run, problem.tensors, grads)]
-    for _ in range(4):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found.append(differentiate(problem.run, problem.tensors, grads))
-    torch.cuda.synchronize()
-    for got, got_grads in found:
-        for x, y in zip((*got, *got_grads.values()), (*want, *want_grads.values()), strict=True):
-            assert torch.equal(x, y)
+    check_streams(place(make(function, *shape, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("forget", [-4.0, 6.0])
