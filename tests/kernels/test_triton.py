@@ -214,13 +214,17 @@ def test_nan_shows_where_it_belongs(function):
     assert out[1, 3].isnan().all()
 
 
+# recurrent_context has no Triton kernel.
+OF_TRITON = [name for name in VARIANTS if not name.startswith("recurrent_context")]
+
+
 # opcheck calls an operator some ten times, and the interpreter takes seconds for a scan.
-@pytest.mark.parametrize("name", VARIANTS if GPU else ["scan", "context_update", "context_scan", "add_layer_norm"])
+@pytest.mark.parametrize("name", OF_TRITON if GPU else ["scan", "context_update", "context_scan", "add_layer_norm"])
 def test_opcheck(name):
     opcheck_all(captured(place_options(variant(name, torch.bfloat16, T=5, D=17))))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", OF_TRITON)
 def test_compiled_code_gives_the_same_bits(name):
     check_compiled(place_options(variant(name, T=5, D=17)))
 
