@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import newllm_kernels as nk
 from newllm.errors import UserError
@@ -45,8 +47,8 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(model: LanguageModel, tokens: Tensor) -> list[Diagnosis]:
-    """tokens (T,) of one text -> a diagnosis for every cell. Raises UserError where the model has no full cell."""
+def diagnose(model: LanguageModel, tokens: Tensor, *, progress: bool = False) -> list[Diagnosis]:
+    """tokens (T,) of one text -> a diagnosis for every cell; `progress` draws bars, on a terminal. Raises UserError where the model has no full cell."""
     if model.config.architecture == "transformer" or model.config.coupling != "full":
         raise UserError(
             "diagnose looks at cells that see their own context: train with --coupling full (or --preset classic)"
@@ -64,13 +66,13 @@ def diagnose(model: LanguageModel, tokens: Tensor) -> list[Diagnosis]:
     try:
         with torch.no_grad():
             model.features(tokens[None])
-            return [_of_cell(name, cells[name], *args) for name, args in seen.items()]
+            return [_of_cell(name, cells[name], *args, progress) for name, args in seen.items()]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _of_cell(name: str, cell: ContextCell, from_x: Tensor, state: Tensor) -> Diagnosis:
+def _of_cell(name: str, cell: ContextCell, from_x: Tensor, state: Tensor, progress: bool) -> Diagnosis:
     exact = copy.deepcopy(cell).to("cpu", torch.float64).eval()
     from_x, start = from_x.to("cpu", torch.float64), state[:, 0].to("cpu", torch.float64)
     contexts, _ = _run(exact, from_x, start)
@@ -78,7 +80,8 @@ def _of_cell(name: str, cell: ContextCell, from_x: Tensor, state: Tensor) -> Dia
     shares = variances(contexts[0])
     entropy = -(shares * shares.clamp_min(1e-300).log()).sum()
     return Diagnosis(
-        name, from_x.shape[1], lyapunov(exact, from_x, start), horizon, trace, passes(exact, from_x, start),
+        name, from_x.shape[1], lyapunov(exact, from_x, start, progress=progress), horizon, trace,
+        passes(exact, from_x, start, progress=progress),
         math.exp(entropy), (1 / shares.square().sum()).item(), shares.tolist(),
         gate_statistics(exact, from_x, start, contexts),
     )  # fmt: skip
@@ -89,7 +92,7 @@ def _run(cell: ContextCell, from_x: Tensor, start: Tensor) -> tuple[Tensor, Tens
     return contexts, end[:, 0]
 
 
-def lyapunov(cell: ContextCell, from_x: Tensor, start: Tensor, size: float = 1e-6) -> float:
+def lyapunov(cell: ContextCell, from_x: Tensor, start: Tensor, size: float = 1e-6, *, progress: bool = False) -> float:
     """Largest Lyapunov exponent, nats per step: mean growth of a small difference, made small again after every step.
 
     The first tenth of the text is not counted: the difference is still turning into the direction that grows fastest.
@@ -97,7 +100,7 @@ def lyapunov(cell: ContextCell, from_x: Tensor, start: Tensor, size: float = 1e-
     direction = torch.randn(start.shape, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
     difference = direction * (size / direction.norm())
     c, growth = start, []
-    for from_x_t in from_x.split(1, dim=1):
+    for from_x_t in _bar(from_x.split(1, dim=1), "Lyapunov exponent", "step", progress):
         _, both = _run(cell, from_x_t.expand(2, -1, -1), torch.cat((c, c + difference)))
         c, difference = both[:1], both[1:] - both[:1]
         norm = difference.norm()
@@ -127,18 +130,21 @@ def memory(
     return trace.tolist(), horizon
 
 
-def passes(cell: ContextCell, from_x: Tensor, start: Tensor) -> list[dict[str, int]]:
+def passes(cell: ContextCell, from_x: Tensor, start: Tensor, *, progress: bool = False) -> list[dict[str, int]]:
     """Passes until all seams are within TOLERANCE, for lengths of text and of chunks."""
     whole, found = from_x.shape[1], []
-    for T in sorted({T for T in LENGTHS if whole > T} | {whole}):
-        for steps in CHUNK_STEPS:
-            if 2 * steps > T:
-                continue
-            K = T // steps
-            with nk.record_seams() as seams:
-                cell.full(from_x[:, :T], start, cell.from_context.weight, chunks=K, tolerance=TOLERANCE, passes=K + 1)
-            found.append({"T": T, "chunk": steps, "chunks": K, "passes": seams[0].passes})
+    lengths = sorted({T for T in LENGTHS if whole > T} | {whole})
+    cuts = [(T, steps) for T in lengths for steps in CHUNK_STEPS if 2 * steps <= T]
+    for T, steps in _bar(cuts, "passes over chunks", "cut", progress):
+        K = T // steps
+        with nk.record_seams() as seams:
+            cell.full(from_x[:, :T], start, cell.from_context.weight, chunks=K, tolerance=TOLERANCE, passes=K + 1)
+        found.append({"T": T, "chunk": steps, "chunks": K, "passes": seams[0].passes})
     return found
+
+
+def _bar(items: Sequence[Any], label: str, unit: str, progress: bool) -> tqdm:
+    return tqdm(items, desc=label, unit=unit, leave=False, disable=None if progress else True)
 
 
 def variances(contexts: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,8 +111,9 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte: no text is unknown
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, min_frequency=2, show_progress=False
-    )
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, min_frequency=2,
+        show_progress=sys.stderr.isatty(),  # the library's bars draw into a file as well
+    )  # fmt: skip
     inner.train_from_iterator(documents, trainer)
     return Tokenizer(inner)
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         tokens = tokenise(next(iter(corpus.splits.values())), tokenizer, "tokens")
     tokens = tokens[: args.tokens]
     check_tokens(model, tokens)
-    found = diagnose(model, torch.from_numpy(tokens.astype("int64")).to(device))
+    found = diagnose(model, torch.from_numpy(tokens.astype("int64")).to(device), progress=True)
     plot = folder.path / "diagnose.png"
     diagnosis_plot([one.to_dict() for one in found], plot, f"{folder.path.name}, {tokens.size:,} tokens")
     if args.json:

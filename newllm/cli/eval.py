@@ -19,8 +19,15 @@ from newllm.tokenizer import Tokenizer
 from newllm.training_config import compute_dtype
 from newllm.weights import in_dtype
 
+DYNAMIC = {"lr": 1e-4, "decay": 1e-3, "segment": 32}  # unless the options say otherwise
+
 
 def run(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, f"dynamic_{name}") for name in DYNAMIC}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if asked and not args.dynamic:
+        raise UserError(f"--dynamic-{next(iter(asked))}: is of dynamic evaluation; give --dynamic too")
+    settings = DYNAMIC | asked
     device = device_settings(args)
     folder = find_run(args.run)
     trained, tokenizer = folder.load(device)
@@ -35,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
             results[name]["by_position"] = by_position(losses, document_starts(tokens, tokenizer))
         if args.dynamic:
             train = run_data(folder, trained.config).tokens["train"]
-            settings = {"lr": args.dynamic_lr, "decay": args.dynamic_decay, "segment": args.dynamic_segment}
             adapted = dynamic_losses(
                 trained, tokens, train, dtype=dtype, progress=f"dynamic evaluation on {name}", **settings
             )

@@ -228,10 +228,10 @@ def _eval_options(parser: Parser) -> None:
         "dynamic evaluation", "weights go on learning from the text that has been scored; reported beside the static figures"
     )  # fmt: skip
     dynamic.add_argument("--dynamic", action="store_true", help="measure this too")
-    dynamic.add_argument("--dynamic-lr", type=float, default=1e-4, metavar="X", help="learning rate (default: 1e-4)")
-    dynamic.add_argument("--dynamic-decay", type=float, default=1e-3, metavar="X",
+    dynamic.add_argument("--dynamic-lr", type=float, metavar="X", help="learning rate (default: 1e-4)")
+    dynamic.add_argument("--dynamic-decay", type=float, metavar="X",
                          help="rate of return to the trained weights (default: 1e-3)")  # fmt: skip
-    dynamic.add_argument("--dynamic-segment", type=int, default=32, metavar="N", help="tokens per update (default: 32)")
+    dynamic.add_argument("--dynamic-segment", type=int, metavar="N", help="tokens per update (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     _run_options(parser)
 

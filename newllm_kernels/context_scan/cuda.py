@@ -21,7 +21,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan(device: torch.device, B: int, T: int, direction: str) -> tuple[int, int]:
+def plan(device: torch.device, B: int, T: int) -> tuple[int, int]:
     """(chunks, steps of a chunk)"""
     return chunks(B, T, _multiprocessors(device))
 
@@ -29,7 +29,7 @@ def plan(device: torch.device, B: int, T: int, direction: str) -> tuple[int, int
 def _time(f: Tensor, direction: str) -> tuple[int, float, Tensor | None]:
     """Steps of a chunk, the tolerance of its start, and room for what starts move by; reported to whoever records."""
     B, T = f.shape[:2]
-    count, steps = plan(f.device, B, T, direction)
+    count, steps = plan(f.device, B, T)
     change = None if count == 1 else torch.empty((PASSES, B, count), dtype=torch.float32, device=f.device)
     tolerance = TOLERANCE[f.dtype]
     report(direction, steps, count, change, tolerance)

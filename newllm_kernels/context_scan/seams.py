@@ -1,4 +1,4 @@
-"""How `context_scan` and `recurrent_context` went through time: its passes over chunks, and what they left at the seams between them."""
+"""How `context_scan` and `recurrent_context` went through time: passes over chunks, and what they left at the seams between."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def _look(change: Tensor, tolerance: float) -> tuple[int, float, bool]:
 
 @contextmanager
 def record_seams() -> Iterator[list[Seams]]:
-    """Gather how every `context_scan` and `recurrent_context` inside the block goes through time, forward and backward, in order of the calls.
+    """Gather how every `context_scan` and `recurrent_context` inside the block goes through time, forward and backward, in order
+    of the calls.
 
     Yields a list of one record a call, on whatever backend, with
         direction   "forward" or "backward"

@@ -47,6 +47,7 @@ def refused(result, said):
         (["train", "--steps", "0"], "--steps: got 0"),
         (["train", "--stop-after", "0"], "--stop-after: got 0"),
         (["train", "--max-minutes", "0"], "--max-minutes: got 0"),
+        (["eval", "--dynamic-lr", "0.1"], "--dynamic-lr: is of dynamic evaluation; give --dynamic too"),
         (["train", "--max-minutes", "nan"], "--max-minutes: got nan"),
         (["train", "--lr", "nan"], "--lr: got nan"),
         (["train", "--seed", str(2**70)], "--seed"),
