@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -24,8 +25,12 @@ class Result(NamedTuple):
 def start(*argv: object, **options: object) -> subprocess.Popen[str]:
     """The command in a process of its own, its output in pipes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
+    # A shell's background job ignores SIGINT and so would all it starts: Control-C could not be tested there.
+    control_c = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "newllm", *map(str, argv)], text=True, env=environment, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "newllm", *map(str, argv)], text=True, env=environment, **control_c, **pipes
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
