@@ -1,0 +1,270 @@
+"""Which models can track a state: `python benchmarks/expressivity.py [--problems ...] [--models ...] [--results FILE]`.
+
+Word problems of finite groups (word_problems.py), learnt from words of 32 elements and asked of words up to 1024: New-LLM with every
+coupling, the Transformer baseline and torch.nn.LSTM, of equal parameter count, for the same steps on the same data, every model
+with all of the learning rates and seeds. The loss counts the first L products of a word; L begins at 2 and grows by one whenever
+the last of them is right four times in five, up to 32: the same curriculum for all.
+
+On a GPU runs go side by side on streams of their own, steps in CUDA graphs that draw their data from a pool on the GPU; New-LLM and
+the Transformer compute in bfloat16 over float32 weights, as `newllm train` does, torch.nn.LSTM in float32. Results are
+written after every wave of runs. `python benchmarks/report.py FILE` prints and draws a results file again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import report
+import torch
+import word_problems
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from newllm.config import ModelConfig, count_parameters, transformer_like
+from newllm.errors import UserError, one_line
+from newllm.graphs import Graphs
+from newllm.model import build_model
+from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
+from newllm.weights import Weights
+
+TRAINED, ASKED = 32, (32, 64, 128, 256, 512, 1024)  # lengths of words
+MODELS = ("full", "none", "hops-2", "hops-4", "transformer", "lstm")
+POOL = 2**19  # words that are drawn at once; a run goes through them from a place of its own
+ASKED_WORDS = 512  # of a length that training never saw
+UNROLLED = 4  # steps of one CUDA graph
+LEARNT = 0.8  # share of right answers at which the words grow
+FORGETS = 0.9  # of the running mean that is compared with it
+
+
+# ---- the models -----------------------------------------------------------------------------------------------------
+
+
+def full_cell(elements: int, width: int, layers: int) -> ModelConfig:
+    """The model whose parameter count the others meet: D = E = width, H twice that, as the classic preset has."""
+    return ModelConfig(
+        vocab_size=elements, embed_dim=width, hidden_dim=2 * width, context_dim=width, num_layers=layers, ffn_dim=2 * width,
+        fnn_layers=1, coupling="full", norm="state", tie_embeddings=False,
+    )  # fmt: skip
+
+
+class LSTM(nn.Module):
+    """torch.nn.LSTM between an embedding and an output matrix: tokens (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, elements: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(elements, width)
+        self.lstm = nn.LSTM(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, elements, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        x, state = self.lstm(self.embedding(tokens))
+        return self.head(x), state
+
+
+def nearest(sizes: range, target: int, count: Any) -> int:
+    return min(sizes, key=lambda size: abs(count(size) - target))
+
+
+def make_model(name: str, full: ModelConfig) -> tuple[nn.Module, str]:
+    """A model with as many parameters as the full cell's, and what it is in words."""
+    target = count_parameters(full)
+    if name == "lstm":
+        layers = full.num_layers
+
+        def size(width: int) -> int:  # of embedding and head, and of a layer's two matrices and two biases
+            return 2 * full.vocab_size * width + layers * (8 * width * width + 8 * width)
+
+        width = nearest(range(8, 4096, 8), target, size)
+        return LSTM(full.vocab_size, width, layers), f"{layers} layers of {width}"
+    if name == "transformer":
+        config = dataclasses.replace(transformer_like(full), max_seq_len=max(ASKED))
+        return build_model(config), f"{config.num_layers} layers of {config.embed_dim}, F={config.ffn_dim}"
+    config = full
+    if name != "full":
+        coupling, _, hops = name.partition("-")
+        config = dataclasses.replace(full, coupling=coupling, hops=int(hops or 1), norm="output")
+        sized = [dataclasses.replace(config, ffn_dim=width) for width in range(1, 8 * full.ffn_dim)]
+        config = sized[nearest(range(len(sized)), target, lambda n: count_parameters(sized[n]))]
+    return build_model(config), f"{config.num_layers} layers of D={config.context_dim}, F={config.ffn_dim}"
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+class Lane:
+    """One run: model, optimizer, place in the pool, curriculum. Everything that changes lies in tensors, for the graph."""
+
+    def __init__(
+        self, name: str, full: ModelConfig, config: TrainingConfig, pool: tuple[Tensor, Tensor], device: torch.device
+    ) -> None:
+        torch.manual_seed(config.seed)
+        model, self.words_for = make_model(name, full)
+        self.name, self.config, self.pool, self.device = name, config, pool, device
+        self.parameters = sum(p.numel() for p in model.parameters())
+        dtype = torch.float32 if name == "lstm" else compute_dtype("auto", device)
+        self.weights = Weights(model.to(device), config, dtype)
+        self.graphs = Graphs(device, enabled=True)
+        self.outside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.rates = torch.tensor([learning_rate(config, step) for step in range(config.steps)], device=device)
+        self.losses, self.lengths = torch.zeros(config.steps, device=device), torch.zeros(config.steps, device=device)
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps
+        self.length = torch.full((1,), 2, dtype=torch.int64, device=device)
+        self.right = torch.zeros(1, device=device)  # running mean at the last product that counts
+        self.rows = torch.arange(config.batch_size, device=device)
+        self.position = torch.arange(TRAINED, device=device)
+        self.start = config.seed * 100_003
+
+    def step(self) -> None:
+        rows = (self.start + self.done * self.config.batch_size + self.rows) % len(self.pool[0])
+        words, products = (part[rows].long() for part in self.pool)  # (B, T) each
+        logits = self.weights.computing(words)[0].float()  # (B, T, G)
+        each = F.cross_entropy(logits.flatten(0, 1), products.flatten(), reduction="none").view(products.shape)
+        counted = (self.position < self.length).float()
+        loss = (each.mean(dim=0) * counted).sum() / counted.sum()
+        loss.backward()
+        self.weights.collect_gradients(True)
+        rate = self.rates[self.done]
+        for group in self.weights.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate[0])
+            else:
+                group["lr"] = rate.item()
+        self.weights.update(False)
+        with torch.no_grad():
+            right = (logits.argmax(-1) == products).float().mean(dim=0)  # (T,)
+            self.right.mul_(FORGETS).add_((1 - FORGETS) * right[self.length - 1])
+            grows = self.right > LEARNT
+            self.losses[self.done], self.lengths[self.done] = loss.detach(), self.length.float()
+            self.length.copy_((self.length + grows).clamp(max=TRAINED))
+            self.right.mul_(~grows)
+            self.done += 1
+
+    def advance(self) -> None:
+        """UNROLLED steps, on a GPU launched as one graph."""
+        if self.outside is None:
+            self._steps()
+            return
+        with torch.cuda.stream(self.outside), self.graphs.stream():
+            self.graphs.run("steps", self._steps)
+
+    def _steps(self) -> None:
+        for _ in range(UNROLLED):
+            self.step()
+
+    @torch.no_grad()
+    def ask(self, words: Tensor, products: Tensor) -> Tensor:
+        """words, products (N, T) uint8 -> share of right answers at every position (T,)."""
+        model, right = self.weights.computing.eval(), []
+        for some, wanted in zip(words.split(128), products.split(128), strict=True):
+            right.append((model(some.long())[0].argmax(-1) == wanted.long()).float().sum(dim=0))
+        return torch.stack(right).sum(dim=0) / len(words)
+
+    def result(self, words: Tensor, products: Tensor) -> dict[str, Any]:
+        right = self.ask(words, products).tolist()
+        lengths = self.lengths.tolist()
+        accuracy = {}
+        for length in ASKED:  # of the last quarter of the positions up to there
+            last = right[length - length // 4 : length]
+            accuracy[str(length)] = round(sum(last) / len(last), 5)
+        return {
+            "model": self.name, "shape": self.words_for, "parameters": self.parameters, "lr": self.config.lr,
+            "seed": self.config.seed, "accuracy": accuracy, "at": {str(n): round(right[n - 1], 5) for n in ASKED},
+            "length": int(lengths[-1]), "loss": round(self.losses[-100:].mean().item(), 5),
+            "full_length_after": next((n for n, length in enumerate(lengths) if length == TRAINED), None),
+        }  # fmt: skip
+
+
+def train(lanes: list[Lane], steps: int, verbose: bool) -> float:
+    """All of them side by side; seconds it took."""
+    begin = time.perf_counter()
+    for turn in range(steps // UNROLLED):
+        for lane in lanes:
+            lane.advance()
+        if verbose and turn * UNROLLED % 500 == 0:
+            lengths = ", ".join(f"{lane.name} {lane.config.lr:g}: {lane.length.item()}" for lane in lanes)
+            print(f"step {turn * UNROLLED}, {time.perf_counter() - begin:.1f} s, words of {lengths}", file=sys.stderr, flush=True)  # fmt: skip
+    if lanes[0].device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"expressivity: error: {one_line(message)}\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--problems", nargs="+", default=list(word_problems.PROBLEMS), choices=word_problems.PROBLEMS,
+                        metavar="P", help=f"of {', '.join(word_problems.PROBLEMS)} (default: all)")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="M",
+                        help=f"of {', '.join(MODELS)} (default: all)")  # fmt: skip
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3], metavar="X", help="peak learning rates")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="of weights and data order")
+    parser.add_argument("--steps", type=int, default=6000, metavar="N", help="optimizer steps of a run (default: 6000)")
+    parser.add_argument("--batch", type=int, default=256, metavar="B", help="words of a step (default: 256)")
+    parser.add_argument("--width", type=int, default=128, metavar="D", help="of embedding and context (default: 128)")
+    parser.add_argument("--layers", type=int, default=1, metavar="N", help="of the full cell and the LSTM (default: 1)")
+    parser.add_argument("--lanes", type=int, default=6, metavar="N", help="runs side by side on a GPU (default: 6)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--verbose", action="store_true", help="tell every 500 steps how long the words are by now")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
+    return parser.parse_args(arguments)
+
+
+def configurations(args: argparse.Namespace) -> list[TrainingConfig]:
+    return [
+        TrainingConfig(steps=args.steps, batch_size=args.batch, segment=TRAINED, lr=lr, seed=seed, warmup=min(100, args.steps))
+        for lr in args.lrs
+        for seed in args.seeds
+    ]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        device, configs = choose_device(args.device), configurations(args)
+        if args.steps % UNROLLED or min(args.width, args.layers, args.lanes) < 1:
+            raise UserError(f"--steps: wanted a multiple of {UNROLLED}; --width, --layers, --lanes: at least 1")
+        if args.results and not args.results.parent.is_dir():
+            raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
+    except ValueError as error:
+        print(f"expressivity: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    content: dict[str, Any] = {
+        **report.environment(), "command": " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])]),
+        "steps": args.steps, "batch": args.batch, "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
+    }  # fmt: skip
+    for problem in args.problems:
+        table = word_problems.multiplication_table(problem).to(device)
+        pool = word_problems.draw(table, min(POOL, args.steps * args.batch), TRAINED, seed=1)
+        asked = word_problems.draw(table, ASKED_WORDS, max(ASKED), seed=2)
+        full = full_cell(len(table), args.width, args.layers)
+        jobs = [(name, config) for name in args.models for config in configs]
+        for first in range(0, len(jobs), args.lanes):
+            lanes = [Lane(name, full, config, pool, device) for name, config in jobs[first : first + args.lanes]]
+            seconds = train(lanes, args.steps, args.verbose)
+            for lane in lanes:
+                run = {"problem": problem, **lane.result(*asked), "wave_seconds": round(seconds, 2)}
+                content["expressivity"].append(run)
+                print(f"{problem:<7} {run['model']:<12} lr {run['lr']:g} seed {run['seed']}: words of {run['length']:>2}, loss "
+                      f"{run['loss']:.4f}, right {' '.join(f'{x:.3f}' for x in run['accuracy'].values())}, {seconds:.1f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            if args.results:
+                draft = args.results.with_name(f".{args.results.name}")
+                draft.write_text(json.dumps(content, indent=1) + "\n")
+                draft.replace(args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
