@@ -53,9 +53,9 @@ class FixpointConfig:
     batch_size: int = 256  # phrases of a step
     phrase: int = 1  # P, tokens; 1: the vocabulary, each token as often as any other
     repeats: int = 16  # R, passes over a phrase
-    diversity: float = 1.0  # weight of `alike`
+    diversity: float = 0.3  # weight of `alike`
     tolerance: float = 1e-3  # relative change of a context that counts as rest
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -85,9 +85,9 @@ FIXPOINT_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         int,
         "passes over a phrase, in the second half of which its context is to rest (default: 16)",
     ),
-    ("--diversity", "diversity", float, "weight of the term that keeps fixed points apart (default: 1)"),
+    ("--diversity", "diversity", float, "weight of the term that keeps fixed points apart (default: 0.3)"),
     ("--tolerance", "tolerance", float, "relative change of a context that counts as rest, in reports (default: 1e-3)"),
-    ("--lr", "lr", float, "peak learning rate (default: 1e-3)"),
+    ("--lr", "lr", float, "peak learning rate (default: 2e-3)"),
     ("--seed", "seed", int, "of weights and of the order of phrases (default: 0)"),
 )
 
