@@ -67,10 +67,6 @@ class LSTM(nn.Module):
         return self.head(x), state
 
 
-def nearest(sizes: range, target: int, count: Any) -> int:
-    return min(sizes, key=lambda size: abs(count(size) - target))
-
-
 def make_model(name: str, full: ModelConfig) -> tuple[nn.Module, str]:
     """A model with as many parameters as the full cell's, and what it is in words."""
     target = count_parameters(full)
@@ -80,7 +76,7 @@ def make_model(name: str, full: ModelConfig) -> tuple[nn.Module, str]:
         def size(width: int) -> int:  # of embedding and head, and of a layer's two matrices and two biases
             return 2 * full.vocab_size * width + layers * (8 * width * width + 8 * width)
 
-        width = nearest(range(8, 4096, 8), target, size)
+        width = min(range(4, 4096, 4), key=lambda width: abs(size(width) - target))
         return LSTM(full.vocab_size, width, layers), f"{layers} layers of {width}"
     if name == "transformer":
         config = dataclasses.replace(transformer_like(full), max_seq_len=max(ASKED))
@@ -89,8 +85,10 @@ def make_model(name: str, full: ModelConfig) -> tuple[nn.Module, str]:
     if name != "full":
         coupling, _, hops = name.partition("-")
         config = dataclasses.replace(full, coupling=coupling, hops=int(hops or 1), norm="output")
-        sized = [dataclasses.replace(config, ffn_dim=width) for width in range(1, 8 * full.ffn_dim)]
-        config = sized[nearest(range(len(sized)), target, lambda n: count_parameters(sized[n]))]
+        spare = (target - count_parameters(config)) / (
+            3 * config.embed_dim * config.num_layers
+        )  # SwiGLU's three matrices
+        config = dataclasses.replace(config, ffn_dim=config.ffn_dim + round(spare))
     return build_model(config), f"{config.num_layers} layers of D={config.context_dim}, F={config.ffn_dim}"
 
 
