@@ -34,7 +34,7 @@ from newllm.training_config import TrainingConfig, choose_device, compute_dtype,
 from newllm.weights import Weights
 
 TRAINED, ASKED = 32, (32, 64, 128, 256, 512, 1024)  # lengths of words
-MODELS = ("full", "none", "hops-2", "hops-4", "transformer", "lstm")
+MODELS = ("full", "lstm", "transformer", "none", "hops-2", "hops-4")
 POOL = 2**19  # words that are drawn at once; a run goes through them from a place of its own
 ASKED_WORDS = 512  # of a length that training never saw
 UNROLLED = 4  # steps of one CUDA graph
@@ -48,7 +48,7 @@ FORGETS = 0.9  # of the running mean that is compared with it
 def full_cell(elements: int, width: int, layers: int) -> ModelConfig:
     """The model whose parameter count the others meet: D = E = width, H twice that, as the classic preset has."""
     return ModelConfig(
-        vocab_size=elements, embed_dim=width, hidden_dim=2 * width, context_dim=width, num_layers=layers, ffn_dim=2 * width,
+        vocab_size=elements, embed_dim=width, hidden_dim=2 * width, context_dim=width, num_layers=layers, ffn_dim=width,
         fnn_layers=1, coupling="full", norm="state", tie_embeddings=False,
     )  # fmt: skip
 
@@ -79,7 +79,8 @@ def make_model(name: str, full: ModelConfig) -> tuple[nn.Module, str]:
         width = min(range(4, 4096, 4), key=lambda width: abs(size(width) - target))
         return LSTM(full.vocab_size, width, layers), f"{layers} layers of {width}"
     if name == "transformer":
-        config = dataclasses.replace(transformer_like(full), max_seq_len=max(ASKED))
+        config = transformer_like(full)
+        config = dataclasses.replace(config, max_seq_len=max(ASKED), num_heads=max(config.num_heads, 4))
         return build_model(config), f"{config.num_layers} layers of {config.embed_dim}, F={config.ffn_dim}"
     config = full
     if name != "full":
@@ -206,9 +207,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         metavar="P", help=f"of {', '.join(word_problems.PROBLEMS)} (default: all)")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="M",
                         help=f"of {', '.join(MODELS)} (default: all)")  # fmt: skip
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3], metavar="X", help="peak learning rates")
+    parser.add_argument(
+        "--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], metavar="X", help="peak learning rates"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="of weights and data order")
-    parser.add_argument("--steps", type=int, default=6000, metavar="N", help="optimizer steps of a run (default: 6000)")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimizer steps of a run (default: 4000)")
     parser.add_argument("--batch", type=int, default=256, metavar="B", help="words of a step (default: 256)")
     parser.add_argument("--width", type=int, default=128, metavar="D", help="of embedding and context (default: 128)")
     parser.add_argument("--layers", type=int, default=1, metavar="N", help="of the full cell and the LSTM (default: 1)")
