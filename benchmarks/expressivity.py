@@ -37,18 +37,20 @@ TRAINED, ASKED = 32, (32, 64, 128, 256, 512, 1024)  # lengths of words
 MODELS = ("full", "lstm", "transformer", "none", "hops-2", "hops-4")
 POOL = 2**19  # words that are drawn at once; a run goes through them from a place of its own
 ASKED_WORDS = 512  # of a length that training never saw
-UNROLLED = 4  # steps of one CUDA graph
-LEARNT = 0.8  # share of right answers at which the words grow
+UNROLLED = 2  # steps of one CUDA graph
+SHORTEST = 2  # words of the first steps
+LEARNT = 0.8  # share of right answers at which words are made twice as long
 FORGETS = 0.9  # of the running mean that is compared with it
+LOOKED_AFTER = 40  # steps between two looks at it
 
 
 # ---- the models -----------------------------------------------------------------------------------------------------
 
 
 def full_cell(elements: int, width: int, layers: int) -> ModelConfig:
-    """The model whose parameter count the others meet: D = E = width, H twice that, as the classic preset has."""
+    """The model whose parameter count the others meet: D the width, H twice that, as the classic preset has, E half of it."""
     return ModelConfig(
-        vocab_size=elements, embed_dim=width, hidden_dim=2 * width, context_dim=width, num_layers=layers, ffn_dim=width,
+        vocab_size=elements, embed_dim=width // 2, hidden_dim=2 * width, context_dim=width, num_layers=layers, ffn_dim=width // 2,
         fnn_layers=1, coupling="full", norm="state", tie_embeddings=False,
     )  # fmt: skip
 
@@ -100,32 +102,29 @@ class Lane:
     """One run: model, optimizer, place in the pool, curriculum. Everything that changes lies in tensors, for the graph."""
 
     def __init__(
-        self, name: str, full: ModelConfig, config: TrainingConfig, pool: tuple[Tensor, Tensor], device: torch.device
+        self, name: str, full: ModelConfig, config: TrainingConfig, table: Tensor, pool: Tensor, dtype: torch.dtype
     ) -> None:
         torch.manual_seed(config.seed)
-        model, self.words_for = make_model(name, full)
-        self.name, self.config, self.pool, self.device = name, config, pool, device
+        model, self.shape = make_model(name, full)
+        self.name, self.config, self.table, self.pool, self.device = name, config, table, pool, table.device
         self.parameters = sum(p.numel() for p in model.parameters())
-        dtype = torch.float32 if name == "lstm" else compute_dtype("auto", device)
-        self.weights = Weights(model.to(device), config, dtype)
-        self.graphs = Graphs(device, enabled=True)
-        self.outside = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.rates = torch.tensor([learning_rate(config, step) for step in range(config.steps)], device=device)
-        self.losses, self.lengths = torch.zeros(config.steps, device=device), torch.zeros(config.steps, device=device)
-        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps
-        self.length = torch.full((1,), 2, dtype=torch.int64, device=device)
-        self.right = torch.zeros(1, device=device)  # running mean at the last product that counts
-        self.rows = torch.arange(config.batch_size, device=device)
-        self.position = torch.arange(TRAINED, device=device)
-        self.start = config.seed * 100_003
+        self.weights = Weights(model.to(self.device), config, torch.float32 if name == "lstm" else dtype)
+        self.graphs = Graphs(self.device, enabled=True)
+        self.outside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.rates = torch.tensor([learning_rate(config, step) for step in range(config.steps)], device=self.device)
+        self.losses = torch.zeros(config.steps, device=self.device)
+        self.done = torch.zeros(1, dtype=torch.int64, device=self.device)  # steps, as the graphs count them
+        self.right = torch.zeros((), device=self.device)  # running mean, of the last product of a word
+        self.rows = torch.arange(config.batch_size, device=self.device) + config.seed * 100_003
+        self.length, self.taken = SHORTEST, 0  # of words; steps
+        self.grown: list[tuple[int, int]] = []  # (step, length from there on)
 
     def step(self) -> None:
-        rows = (self.start + self.done * self.config.batch_size + self.rows) % len(self.pool[0])
-        words, products = (part[rows].long() for part in self.pool)  # (B, T) each
+        rows = (self.done * self.config.batch_size + self.rows) % len(self.pool)
+        words = self.pool[rows].long().view(-1, self.length)  # (B, T), B * T always the same
+        products = word_problems.running_products(self.table, words)
         logits = self.weights.computing(words)[0].float()  # (B, T, G)
-        each = F.cross_entropy(logits.flatten(0, 1), products.flatten(), reduction="none").view(products.shape)
-        counted = (self.position < self.length).float()
-        loss = (each.mean(dim=0) * counted).sum() / counted.sum()
+        loss = F.cross_entropy(logits.flatten(0, 1), products.flatten())
         loss.backward()
         self.weights.collect_gradients(True)
         rate = self.rates[self.done]
@@ -136,25 +135,32 @@ class Lane:
                 group["lr"] = rate.item()
         self.weights.update(False)
         with torch.no_grad():
-            right = (logits.argmax(-1) == products).float().mean(dim=0)  # (T,)
-            self.right.mul_(FORGETS).add_((1 - FORGETS) * right[self.length - 1])
-            grows = self.right > LEARNT
-            self.losses[self.done], self.lengths[self.done] = loss.detach(), self.length.float()
-            self.length.copy_((self.length + grows).clamp(max=TRAINED))
-            self.right.mul_(~grows)
+            right = (logits[:, -1].argmax(-1) == products[:, -1]).float().mean()
+            self.right.mul_(FORGETS).add_((1 - FORGETS) * right)
+            self.losses[self.done] = loss.detach()
             self.done += 1
 
     def advance(self) -> None:
-        """UNROLLED steps, on a GPU launched as one graph."""
+        """UNROLLED steps, on a GPU launched as one graph; then perhaps longer words."""
         if self.outside is None:
             self._steps()
+            self._look()
             return
-        with torch.cuda.stream(self.outside), self.graphs.stream():
-            self.graphs.run("steps", self._steps)
+        with torch.cuda.stream(self.outside):
+            with self.graphs.stream():
+                self.graphs.run(self.length, self._steps)
+            self._look()
 
     def _steps(self) -> None:
         for _ in range(UNROLLED):
             self.step()
+
+    def _look(self) -> None:
+        self.taken += UNROLLED
+        if self.length < TRAINED and self.taken % LOOKED_AFTER == 0 and self.right.item() > LEARNT:
+            self.length *= 2
+            self.grown.append((self.taken, self.length))
+            self.right.zero_()
 
     @torch.no_grad()
     def ask(self, words: Tensor, products: Tensor) -> Tensor:
@@ -166,16 +172,15 @@ class Lane:
 
     def result(self, words: Tensor, products: Tensor) -> dict[str, Any]:
         right = self.ask(words, products).tolist()
-        lengths = self.lengths.tolist()
         accuracy = {}
         for length in ASKED:  # of the last quarter of the positions up to there
             last = right[length - length // 4 : length]
             accuracy[str(length)] = round(sum(last) / len(last), 5)
         return {
-            "model": self.name, "shape": self.words_for, "parameters": self.parameters, "lr": self.config.lr,
+            "model": self.name, "shape": self.shape, "parameters": self.parameters, "lr": self.config.lr,
             "seed": self.config.seed, "accuracy": accuracy, "at": {str(n): round(right[n - 1], 5) for n in ASKED},
-            "length": int(lengths[-1]), "loss": round(self.losses[-100:].mean().item(), 5),
-            "full_length_after": next((n for n, length in enumerate(lengths) if length == TRAINED), None),
+            "length": self.length, "loss": round(self.losses[-100:].mean().item(), 5),
+            "full_length_after": next((step for step, length in self.grown if length == TRAINED), None),
         }  # fmt: skip
 
 
@@ -186,7 +191,7 @@ def train(lanes: list[Lane], steps: int, verbose: bool) -> float:
         for lane in lanes:
             lane.advance()
         if verbose and turn * UNROLLED % 500 == 0:
-            lengths = ", ".join(f"{lane.name} {lane.config.lr:g}: {lane.length.item()}" for lane in lanes)
+            lengths = ", ".join(f"{lane.name} {lane.config.lr:g}: {lane.length}" for lane in lanes)
             print(f"step {turn * UNROLLED}, {time.perf_counter() - begin:.1f} s, words of {lengths}", file=sys.stderr, flush=True)  # fmt: skip
     if lanes[0].device.type == "cuda":
         torch.cuda.synchronize()
@@ -207,15 +212,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         metavar="P", help=f"of {', '.join(word_problems.PROBLEMS)} (default: all)")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="M",
                         help=f"of {', '.join(MODELS)} (default: all)")  # fmt: skip
-    parser.add_argument(
-        "--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], metavar="X", help="peak learning rates"
-    )
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-2], metavar="X", help="peak learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="of weights and data order")
     parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimizer steps of a run (default: 4000)")
-    parser.add_argument("--batch", type=int, default=256, metavar="B", help="words of a step (default: 256)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=128,
+        metavar="B",
+        help="words of 32 elements in a step, or as many elements in shorter ones (default: 128)",
+    )
     parser.add_argument("--width", type=int, default=128, metavar="D", help="of embedding and context (default: 128)")
     parser.add_argument("--layers", type=int, default=1, metavar="N", help="of the full cell and the LSTM (default: 1)")
-    parser.add_argument("--lanes", type=int, default=6, metavar="N", help="runs side by side on a GPU (default: 6)")
+    parser.add_argument("--lanes", type=int, default=8, metavar="N", help="runs side by side on a GPU (default: 8)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"),
+                        help="of New-LLM and the Transformer (default: auto, bfloat16 on a GPU)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--verbose", action="store_true", help="tell every 500 steps how long the words are by now")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
@@ -234,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         device, configs = choose_device(args.device), configurations(args)
+        dtype = compute_dtype(args.precision, device)
         if args.steps % UNROLLED or min(args.width, args.layers, args.lanes) < 1:
             raise UserError(f"--steps: wanted a multiple of {UNROLLED}; --width, --layers, --lanes: at least 1")
         if args.results and not args.results.parent.is_dir():
@@ -243,16 +255,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     content: dict[str, Any] = {
         **report.environment(), "command": " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])]),
-        "steps": args.steps, "batch": args.batch, "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
+        "precision": str(dtype).removeprefix("torch."), "steps": args.steps, "batch": args.batch, "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
     }  # fmt: skip
     for problem in args.problems:
         table = word_problems.multiplication_table(problem).to(device)
-        pool = word_problems.draw(table, min(POOL, args.steps * args.batch), TRAINED, seed=1)
+        pool, _ = word_problems.draw(table, min(POOL, args.steps * args.batch), TRAINED, seed=1)
         asked = word_problems.draw(table, ASKED_WORDS, max(ASKED), seed=2)
         full = full_cell(len(table), args.width, args.layers)
         jobs = [(name, config) for name in args.models for config in configs]
         for first in range(0, len(jobs), args.lanes):
-            lanes = [Lane(name, full, config, pool, device) for name, config in jobs[first : first + args.lanes]]
+            lanes = [Lane(name, full, config, table, pool, dtype) for name, config in jobs[first : first + args.lanes]]
             seconds = train(lanes, args.steps, args.verbose)
             for lane in lanes:
                 run = {"problem": problem, **lane.result(*asked), "wave_seconds": round(seconds, 2)}
