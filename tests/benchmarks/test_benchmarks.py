@@ -206,7 +206,7 @@ def word_products(table, word):
 
 @pytest.mark.parametrize("elements", [2, 120])
 def test_models_of_word_problems_have_equal_size(elements):
-    full = expressivity.full_cell(elements, 64, 1)
+    full = expressivity.full_cell(elements, 128, 1)
     sizes = {
         name: sum(p.numel() for p in expressivity.make_model(name, full)[0].parameters())
         for name in expressivity.MODELS
@@ -223,7 +223,7 @@ def test_the_full_cell_learns_parity_and_others_are_reported(tmp_path, monkeypat
     full, lstm = json.loads(path.read_text())["expressivity"]
     assert full["accuracy"]["8"] > 0.99
     assert full["length"] == 8
-    assert lstm["parameters"] == pytest.approx(full["parameters"], rel=0.05)
+    assert lstm["parameters"] == pytest.approx(full["parameters"], rel=0.1)
     assert report.main([str(path)]) == 0
     printed = capsys.readouterr().out
     assert "| full | 1 layers of D=32" in printed
