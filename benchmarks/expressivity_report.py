@@ -85,7 +85,15 @@ def draw(content: dict[str, Any], path: Path) -> Path:
                 continue
             lengths = [int(length) for length in seeds[0]["accuracy"]]
             shares = [[run["accuracy"][str(length)] for run in seeds] for length in lengths]
-            axes.plot(lengths, [mean(some) for some in shares], "o-", color=f"C{k}", markersize=4, label=model)
+            axes.plot(
+                lengths,
+                [mean(some) for some in shares],
+                "o-",
+                color=f"C{k}",
+                markersize=4,
+                linewidth=4 if model == "full" else 1.5,
+                label=model,
+            )
             axes.fill_between(lengths, [min(some) for some in shares], [max(some) for some in shares], color=f"C{k}", alpha=0.15)  # fmt: skip
         axes.axhline(CHANCE[problem], color="black", linewidth=1, linestyle="--")
         axes.axvline(content["trained"], color="#9a9a9a", linewidth=1, linestyle=":")
