@@ -42,6 +42,11 @@ STEPPING = {
     "triton": [(2, 9, 33), (1, 70, 17), (1, 9, 136)],
     "cuda": [(2, 9, 33), (1, 140, 64), (1, 9, 584), (140, 3, 72), (3, 20, 264)],
 }
+# racecheck takes minutes over these where others take seconds; of the shapes past the first it has 16 bits only.
+FOR_RACECHECK = {
+    "triton": [(1, 20, 33), (1, 140, 17)],
+    "cuda": [(1, 20, 33), (1, 520, 40), (1, 520, 584)],
+}
 NORM_SHAPES = [(1, 9, 2048), (1, 3, 4097), (1, 2, 16384)]  # rows of several warps, and of several blocks
 PORTS, PORTS_EACH = 49152, 12  # compute-sanitizer talks to what it watches through one of ten ports from a base on
 
@@ -57,7 +62,7 @@ def problems(backend: str, operation: str) -> list[tuple[int, int, int]]:
 # ---- what compute-sanitizer watches --------------------------------------------------------------------------------
 
 
-def run_operation(backend: str, function: str) -> bool:
+def run_operation(backend: str, function: str, for_racecheck: bool = False) -> bool:
     """Forward and backward on all shapes; whether the backend serves any. Inputs and gradients are made on the CPU, so that
     few kernels but ours run."""
     import torch
@@ -69,12 +74,13 @@ def run_operation(backend: str, function: str) -> bool:
     from newllm_kernels.backends import Call, verdicts
 
     torch.manual_seed(0)
-    if function == "decode_linear":
-        run_decode_linear()
+    if (backend, function) in SPECIAL:
+        SPECIAL[backend, function]()
         return True
     operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
     served = False
-    for shape, dtype in product(problems(backend, function), (torch.float32, torch.bfloat16)):
+    for shape, name in problems(backend, function, for_racecheck):
+        dtype = getattr(torch, name)
         if shape[2] > 8192 and torch.cuda.get_device_capability() < (9, 0):
             continue
         if not verdicts(operation, Call(torch.device("cuda", 0), dtype, shape[2]))[backend].ok:
@@ -112,6 +118,30 @@ def run_decode_linear() -> None:
     torch.cuda.synchronize()
 
 
+def run_recurrent_context() -> None:
+    """The widths that it takes: of a cluster, and of blocks that meet through memory."""
+    import torch
+
+    import newllm_kernels as nk
+
+    for T, D, H in ((4, 128, 256), (2, 512, 1024)):
+        shapes = {
+            "z": (2, T, H), "context_weight": (H, D), "c0": (2, D), "gate_weight": (3 * D, H), "gate_bias": (3 * D,),
+            "weight": (D,), "bias": (D,),
+        }  # fmt: skip
+        tensors = {
+            name: (torch.randn(shape) * D**-0.5).bfloat16().cuda().requires_grad_() for name, shape in shapes.items()
+        }
+        with nk.use_backend("cuda"):
+            outputs = nk.recurrent_context(**tensors)
+            grads = [torch.randn(x.shape).to(x.dtype).cuda() for x in outputs]
+            torch.autograd.grad(outputs, list(tensors.values()), grads)
+    torch.cuda.synchronize()
+
+
+SPECIAL = {("cuda", "decode_linear"): run_decode_linear, ("cuda", "recurrent_context"): run_recurrent_context}
+
+
 # ---- all of them, in parallel --------------------------------------------------------------------------------------
 
 
@@ -137,6 +167,7 @@ def command(job: Job, number: int) -> list[str]:
     if job.tool != "initcheck":  # which has to see what they write
         options += ["--kernel-name-exclude", "kns=at6native", "--kernel-name-exclude", "kns=at4cuda"]
     script = [sys.executable, str(Path(__file__).resolve()), job.backend, job.operation]
+    script += ["--for-racecheck"] if job.tool == "racecheck" else []
     return [shutil.which("compute-sanitizer") or "compute-sanitizer", *options, *script]
 
 
@@ -151,6 +182,19 @@ def verdict_of(returncode: int, output: str) -> str:
 
 
 def run_job(job: Job, number: int, limit: float) -> Outcome:
+    """Once more where the process failed without a finding: many at a time run out of memory or ports."""
+    outcome = run_once(job, number, limit)
+    if (
+        outcome.verdict.startswith("exit code")
+        or "Device not supported" in outcome.output
+        or "out of memory" in outcome.output
+    ):
+        again = run_once(job, number, limit)
+        return again._replace(verdict=again.verdict + ("" if again.verdict == "ok" else ", at the second try"))
+    return outcome
+
+
+def run_once(job: Job, number: int, limit: float) -> Outcome:
     began = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY"}
     process = subprocess.Popen(
@@ -194,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="start compute-sanitizer for each, in parallel")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--for-racecheck", action="store_true", help="fewer and smaller shapes")
     parser.add_argument("--limit", type=float, default=60, help="seconds for each of them")
     options = parser.parse_args(arguments)
     unknown = set(options.which) - SHAPES.keys() - set(OPERATIONS)
@@ -223,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
             [Job(tool, *pair) for tool, pair in product(tools, pairs)], max(1, options.jobs), options.limit
         )
     for pair in pairs:
-        if not run_operation(*pair):
+        if not run_operation(*pair, options.for_racecheck):
             print(f"sanitize: error: {' '.join(pair)}: this backend does not serve it here", file=sys.stderr)
             return 1
         print(*pair, flush=True)
