@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", metavar="BACKEND | OPERATION", help="only these; default: all")
     parser.add_argument("--all", action="store_true", help="start compute-sanitizer for each, in parallel")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--tools", default=",".join(TOOLS), metavar="TOOL,...", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--for-racecheck", action="store_true", help="fewer and smaller shapes")
     parser.add_argument("--limit", type=float, default=60, help="seconds for each of them")
@@ -244,6 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.which) - SHAPES.keys() - set(OPERATIONS)
     if unknown:
         parser.error(f"got {', '.join(sorted(unknown))}, wanted {', '.join((*SHAPES, *OPERATIONS))}")
+    tools = options.tools.split(",")
+    if not set(tools) <= set(TOOLS):
+        parser.error(f"--tools: got {options.tools}, wanted some of {','.join(TOOLS)}")
     backends = [backend for backend in SHAPES if backend in options.which] or list(SHAPES)
     operations = [operation for operation in OPERATIONS if operation in options.which] or list(OPERATIONS)
     pairs = [
@@ -263,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 2
         # The slow ones first: nothing is to start when all others have ended.
-        tools = sorted(options.tools, key=("racecheck", "initcheck", "memcheck", "synccheck").index)
+        tools = sorted(tools, key=("racecheck", "initcheck", "memcheck", "synccheck").index)
         return check_all(
             [Job(tool, *pair) for tool, pair in product(tools, pairs)], max(1, options.jobs), options.limit
         )
