@@ -162,7 +162,7 @@ def command(job: Job, number: int) -> list[str]:
     """`number`: of the job; it decides the ports."""
     options = [
         "--tool", job.tool, "--error-exitcode", "86", "--target-processes", "application-only", "--launch-timeout", "120",
-        "--port", str(PORTS + PORTS_EACH * number), "--print-limit", "5", "--show-backtrace", "device",
+        "--port", str(PORTS + PORTS_EACH * number), "--print-limit", "0", "--show-backtrace", "device",
     ]  # fmt: skip
     if job.tool != "initcheck":  # which has to see what they write
         options += ["--kernel-name-exclude", "kns=at6native", "--kernel-name-exclude", "kns=at4cuda"]
@@ -172,8 +172,16 @@ def command(job: Job, number: int) -> list[str]:
 
 
 def verdict_of(returncode: int, output: str) -> str:
-    """What compute-sanitizer's exit code and words come to. That it has nothing to say is no proof that it looked."""
-    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+ \w+(?: displayed \(.*?\))?)", output)
+    """What compute-sanitizer's exit code and words come to. That it has nothing to say is no proof that it looked.
+
+    Triton lets several threads that hold the same value all store it where it changes a layout: races of one instruction
+    with itself, which are counted and called clean.
+    """
+    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+ \w+(?: displayed \((\d+) error.*?\))?)", output)
+    races = re.findall(r"Race reported between (.+)\n=+ +and (.+?) \[", output)
+    with_itself = sum(one == other and one.startswith("Write") for one, other in races)
+    if returncode in (0, 86) and found and found[2] and 0 < int(found[2]) == with_itself == len(races):
+        return f"ok ({with_itself} stores of one value by several threads)"
     if returncode == 0 and found:
         return "ok" if found[1].startswith("0 ") else found[1]
     if found and not found[1].startswith("0 "):
@@ -190,7 +198,7 @@ def run_job(job: Job, number: int, limit: float) -> Outcome:
         or "out of memory" in outcome.output
     ):
         again = run_once(job, number, limit)
-        return again._replace(verdict=again.verdict + ("" if again.verdict == "ok" else ", at the second try"))
+        return again._replace(verdict=again.verdict + ("" if again.verdict.startswith("ok") else ", at the second try"))
     return outcome
 
 
@@ -224,10 +232,10 @@ def check_all(jobs: list[Job], parallel: int, limit: float) -> int:
             f"{job.tool:<9} {job.backend:<6} {job.operation:<28} {outcome.seconds:5.1f} s  {outcome.verdict}",
             flush=True,
         )
-        if outcome.verdict != "ok":
+        if not outcome.verdict.startswith("ok"):
             bad.append(outcome)
     for outcome in bad:
-        print(f"\n---- {' '.join(outcome.job)}: {outcome.verdict}\n" + "\n".join(outcome.output.splitlines()[-25:]))
+        print(f"\n---- {' '.join(outcome.job)}: {outcome.verdict}\n" + "\n".join(outcome.output.splitlines()[:25]))
     print(f"\n{len(jobs) - len(bad)} of {len(jobs)} ok")
     return 1 if bad else 0
 

@@ -23,6 +23,14 @@ def test_no_operation_is_left_out(sanitize):
     assert set(sanitize.OPERATIONS) == cases.TRUTH.keys() | {"decode_linear"}
 
 
+ITSELF = (
+    "========= Error: Race reported between Write access at _forward_narrow+0x6050 in triton.py:72\n"
+    "=========     and Write access at _forward_narrow+0x6050 in triton.py:72 [2 hazards]\n========= \n"
+)
+OTHERS = ITSELF.replace("and Write", "and Read")
+COUNTED = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)"
+
+
 @pytest.mark.parametrize(
     ("returncode", "output", "verdict"),
     [
@@ -30,6 +38,9 @@ def test_no_operation_is_left_out(sanitize):
         (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ok"),
         (86, "========= ERROR SUMMARY: 1 error", "1 error"),
         (0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "1 hazard displayed (0 errors, 1 warning)"),
+        (86, 2 * ITSELF + COUNTED.format(2), "ok (2 stores of one value by several threads)"),
+        (86, ITSELF + OTHERS + COUNTED.format(2), "2 hazards displayed (2 errors, 0 warnings)"),
+        (86, ITSELF + COUNTED.format(2), "2 hazards displayed (2 errors, 0 warnings)"),  # one was not printed
         (1, "Traceback\n========= ERROR SUMMARY: 0 errors", "exit code 1"),
         (0, "nothing was checked", "exit code 0, no summary"),
     ],
