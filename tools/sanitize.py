@@ -51,12 +51,18 @@ NORM_SHAPES = [(1, 9, 2048), (1, 3, 4097), (1, 2, 16384)]  # rows of several war
 PORTS, PORTS_EACH = 49152, 12  # compute-sanitizer talks to what it watches through one of ten ports from a base on
 
 
-def problems(backend: str, operation: str) -> list[tuple[int, int, int]]:
+def problems(backend: str, operation: str, for_racecheck: bool = False) -> list[tuple[tuple[int, int, int], str]]:
+    """Shapes and names of dtypes."""
     stepping = operation.startswith(("context_", "recurrent_"))
-    shapes = (STEPPING if stepping else SHAPES)[backend]
-    return shapes + (
-        NORM_SHAPES if "layer_norm" in operation and "gated" not in operation and backend == "cuda" else []
-    )
+    shapes = (STEPPING if stepping else FOR_RACECHECK if for_racecheck else SHAPES)[backend]
+    if backend == "cuda" and operation in ("layer_norm", "add_layer_norm"):
+        shapes = shapes + NORM_SHAPES
+    return [
+        (shape, dtype)
+        for shape in shapes
+        for dtype in ("bfloat16", "float32")
+        if dtype == "bfloat16" or stepping or not for_racecheck or shape == shapes[0]
+    ]
 
 
 # ---- what compute-sanitizer watches --------------------------------------------------------------------------------

@@ -47,3 +47,9 @@ COUNTED = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 war
 )  # fmt: skip
 def test_only_a_summary_without_errors_is_clean(sanitize, returncode, output, verdict):
     assert sanitize.verdict_of(returncode, output) == verdict
+
+
+def test_racecheck_has_less_to_do(sanitize):
+    everything, less = (sanitize.problems("cuda", "scan", for_racecheck) for for_racecheck in (False, True))
+    assert sum(T * D for (_, T, D), _ in less) < 0.5 * sum(T * D for (_, T, D), _ in everything)
+    assert {dtype for _, dtype in less} == {"float32", "bfloat16"}
