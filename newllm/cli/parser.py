@@ -156,6 +156,11 @@ def _compare_options(parser: Parser) -> None:
 
 def _prepare_options(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="keep the first documents (word: lines) of the training text, "
+                        "at most N tokens")  # fmt: skip
+    parser.add_argument(
+        "--compress", action="store_true", help="pack the tokens with xz: half the bytes, slower to read"
+    )
     _data_options(parser.add_argument_group("data"))
 
 

@@ -12,6 +12,7 @@ from cli_tools import TEXT, TINY
 
 import newllm as package
 from newllm import checkpoint
+from newllm.prepared import load_prepared
 from newllm.run import Run, find_run
 
 FILES = {
@@ -178,6 +179,23 @@ def test_a_prepared_text_trains_and_scores_as_the_text_itself(newllm, text, trai
     code, _, err = newllm("prepare", "--data", text, "--out", "ready")
     assert code == 2
     assert "not an empty folder" in err
+
+
+def test_prepare_keeps_whole_documents_and_packs_them(newllm, text, tmp_path):
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": f"book {n} " * 40}) + "\n" for n in range(30)))
+    options = ("--data", "books.jsonl", "--vocab-size", 280)
+    assert newllm("prepare", *options, "--out", "whole").code == 0
+    assert newllm("prepare", *options, "--max-tokens", 1000, "--compress", "--out", "part").code == 0
+    whole, part = load_prepared(tmp_path / "whole"), load_prepared(tmp_path / "part")
+    kept = part.tokens["train"]
+    assert 0 < kept.size <= 1000 < whole.tokens["train"].size
+    assert kept[-1] == whole.tokenizer.eos_id
+    assert (whole.tokens["train"][: kept.size] == kept).all()
+    assert (whole.tokens["valid"] == part.tokens["valid"]).all()
+    for wrong in (0, 5):
+        code, _, err = newllm("prepare", *options, "--max-tokens", wrong, "--out", "none")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--max-tokens" in err
 
 
 def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures(newllm, trained):
