@@ -21,7 +21,7 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare", "diagnose"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare", "diagnose", "judge"])
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
