@@ -34,7 +34,7 @@ def check(model: ModelConfig) -> None:
         raise UserError(f"--architecture {BASELINE}: compare wants the model to set against the {BASELINE}")
 
 
-def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> None:
+def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data, command: str) -> None:
     """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet."""
     check(model)
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
@@ -43,7 +43,7 @@ def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data)
     # Longer positions than a segment has would be used at evaluation without ever having been trained.
     baseline = dataclasses.replace(baseline, max_seq_len=config.segment)
     for contestant in (model, baseline):
-        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data)
+        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data, command)
 
 
 def contestants(folder: Path) -> list[Run]:

@@ -76,11 +76,12 @@ def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> T
     return tokenizer
 
 
-def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> Trainer:
+def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data, command: str = "") -> Trainer:
     """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on.
 
     The model takes the tokenizer's vocabulary. A Transformer's window is the segment it is trained on where it would be
-    longer: it never learns what lies further back.
+    longer: it never learns what lies further back. `command` is what was typed, for the
+    record.
     """
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     if model.architecture == "transformer" and model.max_seq_len > config.segment:
@@ -95,7 +96,7 @@ def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data
     # A path is made absolute, so that the run can be resumed from another folder.
     named = data.spec == "builtin" or data.spec.startswith("hub:")
     spec = data.spec if named else str(typed_path(data.spec).resolve())
-    write_config(run, model, config, {"corpus": spec, "text_field": data.text_field})
+    write_config(run, model, config, {"corpus": spec, "text_field": data.text_field}, command)
     return trainer
 
 
@@ -108,10 +109,9 @@ def training_config(run: Run) -> TrainingConfig:
         raise error if named else UserError(f"{run.config_file}: {error}") from error
 
 
-def write_config(run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str]) -> None:
-    checkpoint.write_json(
-        run.config_file, {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data}
-    )
+def write_config(run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str], command: str) -> None:
+    settings = {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data}
+    checkpoint.write_json(run.config_file, settings | {"command": command})
 
 
 def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
@@ -127,7 +127,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")
     if changes:
-        write_config(run, model, config, stored["data"])
+        write_config(run, model, config, stored["data"], stored.get("command", ""))
     return trainer, data
 
 

@@ -34,7 +34,7 @@ def _prepared(args: argparse.Namespace) -> Run:
     model, config = model_settings(args), training_settings(args)
     compare.check(model)  # before the data is read
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
-    compare.prepare(folder, model, config, data_settings(args, model))
+    compare.prepare(folder, model, config, data_settings(args, model), args.typed)
     return folder
 
 

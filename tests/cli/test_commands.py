@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 
@@ -12,6 +13,7 @@ from cli_tools import TEXT, TINY
 
 import newllm as package
 from newllm import checkpoint
+from newllm.prepare import run_data
 from newllm.prepared import load_prepared
 from newllm.run import Run, find_run
 
@@ -32,7 +34,8 @@ def test_help_of_every_command(newllm, command):
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
     assert all(
-        f"\n    {command} " in out for command in ("train", "prepare", "eval", "generate", "diagnose", "compare")
+        f"\n    {command} " in out
+        for command in ("train", "prepare", "eval", "generate", "judge", "diagnose", "compare")
     )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
@@ -47,6 +50,15 @@ def test_train_prints_perplexity_run_and_the_command_that_writes(newllm, text, r
     summary = json.loads((folder / "summary.json").read_text())
     assert f"validation perplexity  {summary['valid']['perplexity']:,.2f}" in out
     assert f"unigram perplexity     {summary['valid']['unigram_perplexity']:,.2f}" in out
+    assert summary["device"]
+    assert summary["torch"] == torch.__version__
+    command = shlex.split(json.loads((folder / "config.json").read_text())["command"])
+    assert command[:4] == ["newllm", "train", "--data", text]
+    assert command[-1] == "my run"
+    tokens = run_data(find_run("my run"), find_run("my run").model_config())
+    written = len(tokens.tokenizer.decode(tokens.tokens["valid"][1:].tolist()).encode())
+    bits = summary["valid"]["loss"] * summary["valid"]["tokens"] / math.log(2)
+    assert summary["valid"]["bits_per_byte"] == pytest.approx(bits / written)
     assert "run                    runs/my run\n" in out
     # The command it ends with is one that can be pasted.
     argv = shlex.split(out.splitlines()[-1])
