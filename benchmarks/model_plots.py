@@ -96,6 +96,7 @@ def contexts(files: list[Results], path: Path) -> None:
     for content in training:
         for name in dict.fromkeys(run["model"] for run in content["contexts"]):
             runs = [run for run in content["contexts"] if run["model"] == name and "failure" not in run]
+            runs.sort(key=lambda run: run["length"])
             lengths = [run["length"] for run in runs]
             label = f"{name}, {content['preset']}"
             axes[0].plot(lengths, [run["tokens_per_s"] for run in runs], "o-", label=label)
@@ -103,17 +104,20 @@ def contexts(files: list[Results], path: Path) -> None:
             if measured:  # not on a CPU
                 peaks = [run["peak_bytes"] / 2**30 for run in measured]
                 axes[1].plot([run["length"] for run in measured], peaks, "o-", label=label)
-    for content in files:
-        runs = [run for run in content.get("generation", ()) if "failure" not in run and run["batch"] == 1]
-        chosen = next((run["preset"] for run in runs if run["preset"] in presets), runs[0]["preset"] if runs else None)
-        for name in dict.fromkeys(run["model"] for run in runs):
-            here = [run for run in runs if run["model"] == name and run["preset"] == chosen]
-            for axis, key, unit in ((axes[2], "tokens_per_s", 1), (axes[3], "state_bytes", 2**20)):
-                points = sorted((run["context"], run[key] / unit) for run in here if run["context"] is not None)
-                if points:
-                    axis.plot(*zip(*points, strict=True), "o-", color="C1", label=f"{name}, {chosen}")
-                else:
-                    axis.axhline(here[0][key] / unit, color="C0", label=f"{name}, {chosen}, any length")
+    runs = [
+        run for content in files for run in content.get("generation", ()) if "failure" not in run and run["batch"] == 1
+    ]
+    chosen = next((run["preset"] for run in runs if run["preset"] in presets), runs[0]["preset"] if runs else None)
+    for name in dict.fromkeys(run["model"] for run in runs):
+        here = [run for run in runs if run["model"] == name and run["preset"] == chosen]
+        for axis, key, unit in ((axes[2], "tokens_per_s", 1), (axes[3], "state_bytes", 2**20)):
+            points = {
+                run["context"]: run[key] / unit for run in here if run["context"] is not None
+            }  # of two files the later
+            if points:
+                axis.plot(*zip(*sorted(points.items()), strict=True), "o-", color="C1", label=f"{name}, {chosen}")
+            else:
+                axis.axhline(here[-1][key] / unit, color="C0", label=f"{name}, {chosen}, any length")
     titles = ("training, tokens/s", "training, peak memory, GiB", "generation, tokens/s", "generation, state, MiB")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)

@@ -320,11 +320,13 @@ def contexts_table(content: dict[str, Any]) -> str:
     names = list(dict.fromkeys(run["model"] for run in content["contexts"]))
     runs = {(run["model"], run["length"]): run for run in content["contexts"]}
     lines = []
-    for length in dict.fromkeys(run["length"] for run in content["contexts"]):
+    for length in sorted({run["length"] for run in content["contexts"]}):
         line = [f"{length:,}"]
         for name in names:
-            run = runs[name, length]
-            if "failure" in run:
+            run = runs.get((name, length))
+            if run is None:  # the run was cut short
+                line += ["-", "-"]
+            elif "failure" in run:
                 line += ["out of memory" if "OutOfMemory" in run["failure"] else "failed", "-"]
             else:
                 peak = run["peak_bytes"]

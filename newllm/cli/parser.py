@@ -157,6 +157,8 @@ def _train_options(parser: Parser) -> None:
 
 def _compare_options(parser: Parser) -> None:
     parser.add_argument("--resume", metavar="PATH", help="go on with a comparison that was interrupted (a folder)")
+    parser.add_argument("--minutes", type=float, metavar="X", help="train each for X minutes instead of for the same steps; its own "
+                        "first steps tell how many that are")  # fmt: skip
     _new_run_options(parser)
 
 
