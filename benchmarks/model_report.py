@@ -244,6 +244,19 @@ def contexts(results: Path) -> list[tuple[Path, Results]]:
     return [(path, content) for path, content in files if "contexts" in content or "generation" in content]
 
 
+def generation_contexts(files: list[Results], presets: set[str]) -> str | None:
+    """Markdown: tokens/s and state of one text by what was read before, of the presets that were trained at lengths too."""
+    lines = []
+    for preset in sorted(presets):
+        runs = [run for content in files for run in content.get("generation", ()) if run["preset"] == preset]
+        found = {(run["model"], run["context"]): run for run in runs if run["batch"] == 1 and "failure" not in run}
+        for (name, context), run in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+            length = "any" if context is None else f"{context:,}"
+            lines.append([f"{preset} {name}", length, f"{run['tokens_per_s']:,.0f}", report._bytes(run["state_bytes"])])
+    headers = ["generation, one text", "tokens read before", "tokens/s", "state"]
+    return report._cells(headers, lines) if lines else None
+
+
 def section(results: Path, pictures: Path, relative: str) -> str:
     """The whole text between the marks; draws the plots into `pictures`, which the text calls `relative`."""
     import model_plots
@@ -263,8 +276,11 @@ def section(results: Path, pictures: Path, relative: str) -> str:
         for _, content in speeds:
             if "contexts" in content:
                 parts += [f"{content['device']}, {content['date'][:10]}:", report.contexts_table(content)]
+        files = [content for _, content in speeds]
+        presets = {content["preset"] for content in files if "contexts" in content}
+        parts += [text for text in [generation_contexts(files, presets)] if text]
         path = pictures / "contexts.png"
-        model_plots.contexts([content for _, content in speeds], path)
+        model_plots.contexts(files, path)
         parts.append(f"![Throughput and memory against the length of context]({relative}/{path.name})")
     return "\n\n".join(parts)
 
