@@ -25,6 +25,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,7 +150,7 @@ def load(folder: Path) -> tuple[dict[str, list[Results]], dict[str, list[Results
         if "judge" not in content and not {"config", "splits", "train"} <= content.keys():
             raise UserError(f"{path}: not a file that `model_report.py collect` wrote")
         (judged if "judge" in content else runs).setdefault(content["group"], []).append(content)
-    return runs, judged
+    return dict(sorted(runs.items())), judged
 
 
 def final_loss(run: Results, split: str) -> float | None:
@@ -163,21 +164,28 @@ def valid_loss(run: Results) -> float:
 
 
 def differences(runs: list[Results]) -> dict[str, str]:
-    """Settings in which the runs of a group differ, by name of the run. A table's first column says which run is which."""
+    """Settings of each run that are not those of most runs of its group, by name of the run; all that differ where no value
+    is shared."""
     flat = [{**run["config"]["model"], **run["config"]["training"]} for run in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in HIDDEN]
     varied = [key for key in keys if len({json.dumps(one.get(key)) for one in flat}) > 1]
+    usual = {}
+    for key in varied:
+        (value, count), *_ = Counter(json.dumps(one.get(key)) for one in flat).most_common(1)
+        if count > 1 and key != "architecture":
+            usual[key] = value
     of_transformers = {"max_seq_len", "coupling", "hops", "norm", "context_dim", "fnn_layers", "clamp"}
 
     def shown(one: Results) -> str:
         transformer = one["architecture"] == "transformer"
         parts = []
         for key in varied:
-            if (key == "max_seq_len") != transformer and key in of_transformers:
+            foreign = (key == "max_seq_len") != transformer and key in of_transformers
+            if foreign or json.dumps(one.get(key)) == usual.get(key):
                 continue
             value = one.get(key)
             parts.append(str(value) if key in ("architecture", "coupling") else f"{key} {value}")
-        return ", ".join(parts)
+        return ", ".join(parts) or "-"
 
     return {run["name"]: shown(one) for run, one in zip(runs, flat, strict=True)}
 
