@@ -2,7 +2,7 @@
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
 <device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
-is needed. Files of train_speed.py are printed; of generation_speed.py <device>-generation.png is drawn too.
+is needed. Files of train_speed.py are printed; of generation_speed.py and expressivity.py <file>.png is drawn too.
 """
 
 from __future__ import annotations
@@ -367,16 +367,17 @@ def generation_table(content: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows), of train_speed.py (runs, contexts) or of generation_speed.py (generation)."""
+    """A results file, of the benchmarks (rows), of train_speed.py (runs, contexts), generation_speed.py or expressivity.py (their names)."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict) or not (
-        {"runs", "contexts", "generation"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
+        {"runs", "contexts", "generation", "expressivity"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
     ):
         raise ValueError("has no rows of benchmarks")
     return content
 
 
 def main(arguments: list[str]) -> int:
+    import expressivity_report
     import plots
 
     paths = [Path(a) for a in arguments] or sorted((Path(__file__).parent / "results").glob("*.json"))
@@ -397,11 +398,14 @@ def main(arguments: list[str]) -> int:
             body = generation_table(content)
         elif "contexts" in content:
             body = contexts_table(content)
+        elif "expressivity" in content:
+            body = expressivity_report.table(content)
         else:
             body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
-        if "generation" in content:
-            picture = plots.draw_generation(content, path.with_suffix(".png"))
+        if {"generation", "expressivity"} & content.keys():
+            painter = plots.draw_generation if "generation" in content else expressivity_report.draw
+            picture = painter(content, path.with_suffix(".png"))
             print(f"wrote {picture}", file=sys.stderr)
         if "rows" in content:
             for picture in plots.draw(content["rows"], path.with_suffix(""), content):

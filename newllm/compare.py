@@ -49,7 +49,7 @@ def prepare(
     # Longer positions than a segment has would be used at evaluation without ever having been trained.
     baseline = dataclasses.replace(baseline, max_seq_len=config.segment)
     for contestant in (model, baseline):
-        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data, command)
+        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data, command=command)
     if minutes is not None:
         checkpoint.write_json(folder.path / EQUAL_TIME, {"minutes": minutes, "steps": {}})
 
