@@ -70,6 +70,34 @@ def diagnosis_plot(cells: list[dict[str, Any]], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def fixpoint_plot(report: dict[str, Any], metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """What `newllm fixpoint` did, a row of panels for every cell (newllm.fixpoint.FixedPoints as a dict)."""
+    figure = _figure(14, 3.2 * len(report["before"]))
+    rows = figure.subplots(len(report["before"]), 3, squeeze=False)
+    for before, after, (curves, settled, spectrum) in zip(report["before"], report["after"], rows, strict=True):
+        for key in ("move", "alike"):
+            points = [(record["step"], max(record[key], 1e-12)) for record in metrics if key in record]
+            if points:  # a run stopped before its first record has none
+                curves.semilogy(*zip(*points, strict=True), label=key)
+        curves.set(title="objective, mean of all cells", xlabel="step")
+        for name, one in (("before", before), ("after", after)):
+            counts, reached = one["settled"], []
+            for count in counts:
+                reached.append(count / one["phrases"] + (reached[-1] if reached else 0.0))
+            settled.plot(range(1, len(counts) + 1), reached, label=name)
+            rank = f"{name}, rank {one['effective_rank']:.1f}"
+            spectrum.semilogy([max(value, 1e-16) for value in one["variances"]], label=rank)
+        settled.set(
+            title=f"{before['layer']}: come to rest by", xlabel="pass", ylabel="share of phrases", ylim=(-0.02, 1.02)
+        )
+        spectrum.set(title="variance of the fixed points", xlabel="component", ylabel="share")
+        for axes in (curves, settled, spectrum):
+            if axes.lines:
+                axes.legend()
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # takes a second to import, and no window: the Agg canvas is its default
 

@@ -12,6 +12,7 @@ from newllm import checkpoint
 from newllm.config import ModelConfig
 from newllm.data import load_corpus, tokenise
 from newllm.errors import UserError, typed_path
+from newllm.model import LanguageModel
 from newllm.prepared import is_prepared, load_prepared
 from newllm.run import Run
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
@@ -76,11 +77,14 @@ def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> T
     return tokenizer
 
 
-def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> Trainer:
-    """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on.
+def new_trainer(
+    run: Run, model: ModelConfig, config: TrainingConfig, data: Data, init: Run | None = None, command: str = ""
+) -> Trainer:
+    """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on:
+    with the weights of the run `init`, where it starts from one.
 
     The model takes the tokenizer's vocabulary. A Transformer's window is the segment it is trained on where it would be
-    longer: it never learns what lies further back.
+    longer: it never learns what lies further back. `command`: what was typed, for the record.
     """
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     if model.architecture == "transformer" and model.max_seq_len > config.segment:
@@ -88,15 +92,46 @@ def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data
     threads = config.threads or torch.get_num_threads()  # sums depend on it: a resumed run must use as many
     config = dataclasses.replace(config, threads=threads)
     trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"])
+    if init is not None:
+        trainer.start_from(weights_of(init, trainer.model, data.tokenizer))
+    fill_run(run, model, data)
+    trainer.save()
+    write_config(run, model, config, data_record(data), command, init)
+    return trainer
+
+
+def fill_run(run: Run, model: ModelConfig, data: Data) -> None:
+    """Make the run folder, with tokenizer and token counts."""
     run.make()
     checkpoint.write_text(run.tokenizer_file, data.tokenizer.to_json())
     run.save_unigram(np.bincount(data.tokens["train"], minlength=model.vocab_size))
-    trainer.save()
-    # A path is made absolute, so that the run can be resumed from another folder.
+
+
+def data_record(data: Data) -> dict[str, str]:
+    """What config.json tells of the data. A path is made absolute, so that the run can be resumed from another folder."""
     named = data.spec == "builtin" or data.spec.startswith("hub:")
-    spec = data.spec if named else str(typed_path(data.spec).resolve())
-    write_config(run, model, config, {"corpus": spec, "text_field": data.text_field})
-    return trainer
+    return {
+        "corpus": data.spec if named else str(typed_path(data.spec).resolve()),
+        "text_field": data.text_field,
+    }
+
+
+def weights_of(run: Run, model: LanguageModel, tokenizer: Tokenizer) -> checkpoint.Tensors:
+    """The best weights of a run, for another model. Raises UserError where a tensor does not fit, or stands for other tokens."""
+    named = f"--init {run.path}"
+    if run.tokenizer(run.model_config()).to_json() != tokenizer.to_json():
+        raise UserError(
+            f"{named}: was trained with another tokenizer, its embedding stands for other tokens; give --tokenizer {run.path}"
+        )
+    tensors = run.weights()
+    own = checkpoint.model_tensors(model)
+    for name in sorted(own.keys() | tensors.keys()):
+        theirs, ours = (tuple(x[name].shape) if name in x else "not there" for x in (tensors, own))
+        if theirs != ours:
+            raise UserError(
+                f"{named}: its {name} is {theirs}, this model's {ours}; give the model options of that run, or none"
+            )
+    return tensors
 
 
 def training_config(run: Run) -> TrainingConfig:
@@ -108,10 +143,19 @@ def training_config(run: Run) -> TrainingConfig:
         raise error if named else UserError(f"{run.config_file}: {error}") from error
 
 
-def write_config(run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str]) -> None:
-    checkpoint.write_json(
-        run.config_file, {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data}
-    )
+def write_config(
+    run: Run,
+    model: ModelConfig,
+    config: TrainingConfig,
+    data: dict[str, str],
+    command: str = "",
+    init: Run | None = None,
+) -> None:
+    """`command`: what was typed. `init`: for the reader; its weights are in the checkpoints."""
+    content = {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data, "command": command}
+    if init is not None:
+        content["init"] = str(init.path.resolve())
+    checkpoint.write_json(run.config_file, content)
 
 
 def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
@@ -127,7 +171,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")
     if changes:
-        write_config(run, model, config, stored["data"])
+        checkpoint.write_json(run.config_file, stored | {"training": dataclasses.asdict(config)})
     return trainer, data
 
 

@@ -87,12 +87,18 @@ class Run:
         config = self.model_config()
         tokenizer = self.tokenizer(config)
         model = build_model(config)
+        checkpoint.load_model(model, self.weights(), self._weights_file())
+        return model.to(device).eval(), tokenizer
+
+    def weights(self) -> checkpoint.Tensors:
+        """Those of the run's best model so far."""
+        return checkpoint.with_prefix("model", checkpoint.load(self._weights_file())[0])
+
+    def _weights_file(self) -> Path:
         file = self.best_file if self.best_file.exists() else self.last_file
         if not file.exists():
             raise UserError(f"{self.path}: holds no checkpoint yet; train with: newllm train --resume {self.path}")
-        tensors, _ = checkpoint.load(file)
-        checkpoint.load_model(model, checkpoint.with_prefix("model", tensors), file)
-        return model.to(device).eval(), tokenizer
+        return file
 
     def save_unigram(self, counts: np.ndarray) -> None:
         checkpoint.save(self.unigram_file, {"counts": torch.from_numpy(counts.astype(np.int64))}, {})

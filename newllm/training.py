@@ -283,6 +283,13 @@ class Trainer:
         self.run.cut_metrics(self.step)
         checkpoint.set_rng_state(checkpoint.with_prefix("rng", tensors), info["rng"])
 
+    def start_from(self, tensors: checkpoint.Tensors) -> None:
+        """Take over weights, before the first step."""
+        for model in (self.model, self.weights.average):
+            if model is not None:
+                model.load_state_dict(tensors, strict=False)  # of tied ones the file has one
+        self.weights.refresh_copy()
+
     def _average_tensors(self) -> checkpoint.Tensors:
         return {} if self.weights.average is None else checkpoint.model_tensors(self.weights.average)
 

@@ -74,6 +74,23 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--cuda-graph", "cuda_graph", bool, "capture the step in CUDA graphs on a GPU (default)"),
 )
 
+# Options of fixed-point training: flag, field of FixpointConfig, type, help.
+FIXPOINT_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--steps", "steps", int, "optimizer steps (default: 300)"),
+    ("--batch-size", "batch_size", int, "different phrases of a step (default: 256)"),
+    ("--phrase", "phrase", int, "tokens of a phrase (default: 1, every token of the vocabulary as often as any other)"),
+    (
+        "--repeats",
+        "repeats",
+        int,
+        "passes over a phrase, in the second half of which its context is to rest (default: 16)",
+    ),
+    ("--diversity", "diversity", float, "weight of the term that keeps fixed points apart (default: 0.3)"),
+    ("--tolerance", "tolerance", float, "relative change of a context that counts as rest, in reports (default: 1e-3)"),
+    ("--lr", "lr", float, "peak learning rate (default: 2e-3)"),
+    ("--seed", "seed", int, "of weights and of the order of phrases (default: 0)"),
+)
+
 # What may change when a run is resumed; all else is the run's own.
 RESUME_OPTIONS = {
     "--steps": "steps",
@@ -109,9 +126,11 @@ def build_parser() -> Parser:
         return sub
 
     _train_options(add("train", "train a model on a text", TRAIN_TEXT))
+    _fixpoint_options(add("fixpoint", "train contexts to come to rest, as a start for train --init", FIXPOINT_TEXT))
     _prepare_options(add("prepare", "tokenise a text once for many runs", PREPARE_TEXT))
     _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
     _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
+    _judge_options(add("judge", "measure what models write, beside human text", JUDGE_TEXT))
     _diagnose_options(add("diagnose", "what the contexts of a trained model do", DIAGNOSE_TEXT))
     _compare_options(add("compare", "New-LLM against a Transformer of its size", COMPARE_TEXT))
     return parser
@@ -132,7 +151,17 @@ DIAGNOSE_TEXT = (
     "Of every cell with coupling full, along a text: largest Lyapunov exponent, how long another start is remembered, passes that "
     "chunks of time take, effective rank of the contexts, gate statistics. Prints tables and writes diagnose.png into the run."
 )
+FIXPOINT_TEXT = (
+    "Train cells that see their own context to come to rest under a token or phrase that is repeated, each at a place of its own, "
+    "and report convergence, effective rank and similarity of the fixed points before and after. Writes a run folder that newllm "
+    "train --init starts from. With no options: preset classic on the vocabulary of the built-in text."
+)
 GENERATE_TEXT = "Write on from a prompt with a run's best checkpoint, at constant memory however long the text."
+JUDGE_TEXT = (
+    "Let runs write on from the same held-out prompts at fixed seeds, and print their texts side by side and one table: variety, "
+    "repetition, how long names keep being mentioned, faults of grammar, and perplexity of every text to every model, beside the "
+    "same figures of the text that people wrote there. All samples go into judge.md and judge.json."
+)
 COMPARE_TEXT = (
     "Train New-LLM and a Transformer with the same number of parameters on the same data for the same steps, and print one "
     "table: perplexity, tokens/s, peak memory, state at generation."
@@ -144,18 +173,43 @@ def _train_options(parser: Parser) -> None:
         "--resume", metavar="RUN", help="go on with a run (name, path or 'latest') from its last checkpoint; "
         f"beside it only {', '.join(RESUME_OPTIONS)}, --stop-after and --max-minutes may be given",
     )  # fmt: skip
+    parser.add_argument("--init", metavar="RUN", help="start from the weights of another run, with its tokenizer, and its model "
+                        "where no preset or recipe is given")  # fmt: skip
     parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N steps of this session")
     parser.add_argument("--max-minutes", type=float, metavar="X", help="save and stop after X minutes of this session")
     _new_run_options(parser)
 
 
+def _fixpoint_options(parser: Parser) -> None:
+    _data_options(parser.add_argument_group("data"))
+    run = parser.add_argument_group("run folder")
+    _option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: fixpoint, preset and time)")
+    _option(run, "--out", "out", str, "its path, instead of a name")
+    model = parser.add_argument_group("model", "each overrides the preset")
+    _option(model, "--preset", "preset", str, "classic (default), tiny, 40m, 100m or 1b")
+    for flag, field, kind, text in MODEL_OPTIONS:
+        _option(model, flag, field, kind, text)
+    training = parser.add_argument_group("training")
+    for flag, field, kind, text in FIXPOINT_OPTIONS:
+        _option(training, flag, field, kind, text)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _run_options(parser)
+
+
 def _compare_options(parser: Parser) -> None:
     parser.add_argument("--resume", metavar="PATH", help="go on with a comparison that was interrupted (a folder)")
+    parser.add_argument("--minutes", type=float, metavar="X", help="train each for X minutes instead of for the same steps; its own "
+                        "first steps tell how many that are")  # fmt: skip
     _new_run_options(parser)
 
 
 def _prepare_options(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="keep the first documents (word: lines) of the training text, "
+                        "at most N tokens")  # fmt: skip
+    parser.add_argument(
+        "--compress", action="store_true", help="pack the tokens with xz: half the bytes, slower to read"
+    )
     _data_options(parser.add_argument_group("data"))
 
 
@@ -254,6 +308,28 @@ def _generate_options(parser: Parser) -> None:
         "--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
         help="on a GPU, capture the step in a CUDA graph (default)",
     )  # fmt: skip
+    _run_options(parser)
+
+
+def _judge_options(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="runs with one tokenizer, or the folder of a comparison "
+                        "(default: latest)")  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), help="text of the prompts (default: test, else valid)"
+    )
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="texts of each run (default: 16)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of a prompt (default: 32)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of a text (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest tokens that make up X only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first text (default: 0)")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
+    parser.add_argument(
+        "--grammar", action=argparse.BooleanOptionalAction,
+        help='count faults of grammar (default: where the extra "judge" is installed)',
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="where judge.md and judge.json go (default: the first run)")
     _run_options(parser)
 
 

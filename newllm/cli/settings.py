@@ -17,8 +17,8 @@ from newllm.prepared import is_prepared
 from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device
 
 
-def model_settings(args: argparse.Namespace) -> ModelConfig:
-    """The preset with the options given put over it. Raises UserError where they make no model."""
+def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) -> ModelConfig:
+    """`base`, else the preset, with the options given put over it. Raises UserError where they make no model."""
     fields = [field for _, field, _, _ in MODEL_OPTIONS]
     given = {field: getattr(args, field) for field in fields if hasattr(args, field)}
     if given.get("norm") == "none":
@@ -28,7 +28,7 @@ def model_settings(args: argparse.Namespace) -> ModelConfig:
     elif given.get("coupling", "hops") != "hops":
         given["hops"] = 1  # whatever the preset has
     with arguments_are_the_users():
-        return dataclasses.replace(preset(getattr(args, "preset", "tiny")), **given)
+        return dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
 
 
 def training_settings(args: argparse.Namespace) -> TrainingConfig:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from newllm import checkpoint, plots
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
-from newllm.errors import UserError
-from newllm.evaluation import evaluate, peak_memory, unigram_score
+from newllm.errors import UserError, typed_path
+from newllm.evaluation import bits_per_byte, evaluate, peak_memory, unigram_score
 from newllm.prepare import Data, new_trainer, resumed_trainer
+from newllm.prepared import is_prepared
 from newllm.recipe import apply_recipe
 from newllm.run import find_run, new_run
+from newllm.speed import device_name
 from newllm.training import Trainer
 
 NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset"}
@@ -41,11 +46,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
+    init = None if args.init is None else find_run(args.init)
+    base = None if init is None or args.config is not None or hasattr(args, "preset") else init.model_config()
     apply_recipe(args)
-    model, config = model_settings(args), training_settings(args)
+    if base is not None:
+        args.preset = "classic" if base.architecture == "classic" else "tiny"  # what it trains with
+    if (
+        init is not None
+        and not hasattr(args, "tokenizer")
+        and not is_prepared(typed_path(getattr(args, "data", "builtin")))
+    ):
+        args.tokenizer = str(init.path)  # its embedding stands for that tokenizer's tokens
+    model, config = model_settings(args, base), training_settings(args)
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
-    trainer = new_trainer(folder, model, config, data)
+    trainer = new_trainer(folder, model, config, data, init, args.typed)
     describe(trainer, data)
     return trainer, data
 
@@ -53,7 +68,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
 def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields - set(RESUME_OPTIONS.values()) if hasattr(args, field))
-    refused += ["config"] if args.config is not None else []
+    refused += [name for name in ("config", "init") if getattr(args, name) is not None]
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")
@@ -99,12 +114,16 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
             unigram = unigram_score(counts, data.tokens[split])
             summary[split] = {
                 "tokens": score.tokens, "loss": score.loss, "perplexity": score.perplexity,
+                "bits_per_byte": bits_per_byte(score.loss, data.tokens[split], data.tokenizer),
                 "unigram_perplexity": unigram.perplexity,
             }  # fmt: skip
     summary["parameters"] = trainer.model.num_parameters()
     summary["seconds"] = round(trainer.seconds, 3)
     summary["tokens_per_s"] = round(trainer.tokens / max(trainer.seconds, 1e-9), 1)
     summary["peak_memory_bytes"] = peak
+    summary["device"] = device_name(trainer.device)
+    summary["torch"] = torch.__version__
+    summary["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     checkpoint.write_json(folder.summary_file, summary)
     return summary
 

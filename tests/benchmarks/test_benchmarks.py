@@ -14,12 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are files beside each other, not a package
 
 import context_passes
+import expressivity
 import generation_speed
 import harness
 import operations
 import peers
 import report
 import train_speed
+import word_problems
 from operations import BF16, F32, SCALING, SEGMENT, Case
 
 BENCHMARKS = Path(report.__file__).parent
@@ -178,4 +180,59 @@ def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
 
 def test_generation_speed_refuses_in_one_line(capsys):
     assert generation_speed.main(["--presets", "huge"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("problem", "order"), [("parity", 2), ("mod5", 5), ("a5", 60), ("s5", 120)])
+def test_word_problems_are_of_groups(problem, order):
+    table = word_problems.multiplication_table(problem)
+    every = torch.arange(order)
+    assert table.shape == (order, order)
+    assert torch.equal(table[0], every)  # neutral
+    assert torch.equal(table[:, 0], every)
+    assert all(torch.equal(row.sort().values, every) for row in table)  # every element has an inverse
+    a, b, c = torch.randint(order, (3, 500), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(table[table[a, b], c], table[a, table[b, c]])
+    words, products = word_problems.draw(table, 3, 5, seed=1)
+    assert products[0].tolist() == [word_products(table, words[0, : t + 1].tolist()) for t in range(5)]
+
+
+def word_products(table, word):
+    product = 0
+    for element in word:
+        product = int(table[product, element])
+    return product
+
+
+@pytest.mark.parametrize("elements", [2, 120])
+def test_models_of_word_problems_have_equal_size(elements):
+    full = expressivity.full_cell(elements, 128, 1)
+    sizes = {
+        name: sum(p.numel() for p in expressivity.make_model(name, full)[0].parameters())
+        for name in expressivity.MODELS
+    }
+    assert max(sizes.values()) < 1.05 * min(sizes.values()), sizes
+
+
+def test_the_full_cell_learns_parity_and_others_are_reported(tmp_path, monkeypatch, capsys):
+    for name, value in {"TRAINED": 8, "ASKED": (8, 16, 32), "ASKED_WORDS": 32}.items():
+        monkeypatch.setattr(expressivity, name, value)
+    path = tmp_path / "parity.json"
+    options = ["--problems", "parity", "--models", "full", "lstm", "--steps", "160", "--batch", "32", "--width", "32", "--lrs", "0.01", "--seeds", "0", "--device", "cpu", "--results", str(path)]  # fmt: skip
+    assert expressivity.main(options) == 0
+    full, lstm = json.loads(path.read_text())["expressivity"]
+    assert full["accuracy"]["8"] > 0.99
+    assert full["length"] == 8
+    assert lstm["parameters"] == pytest.approx(full["parameters"], rel=0.1)
+    assert report.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| full | 1 layers of D=32" in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", "3"], ["--lrs", "-1"], ["--width", "0"], ["--results", "no/such/x.json"]]
+)
+def test_expressivity_refuses_in_one_line(capsys, options):
+    assert expressivity.main(options) == 2
     assert capsys.readouterr().err.count("\n") == 1
