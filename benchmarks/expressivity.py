@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     content: dict[str, Any] = {
         **report.environment(), "command": " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])]),
-        "precision": str(dtype).removeprefix("torch."), "steps": args.steps, "batch": args.batch, "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
+        "precision": str(dtype).removeprefix("torch."), "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
     }  # fmt: skip
     for problem in args.problems:
         table = word_problems.multiplication_table(problem).to(device)
@@ -267,7 +267,13 @@ def main(arguments: list[str] | None = None) -> int:
             lanes = [Lane(name, full, config, table, pool, dtype) for name, config in jobs[first : first + args.lanes]]
             seconds = train(lanes, args.steps, args.verbose)
             for lane in lanes:
-                run = {"problem": problem, **lane.result(*asked), "wave_seconds": round(seconds, 2)}
+                run = {
+                    "problem": problem,
+                    "steps": args.steps,
+                    "batch": args.batch,
+                    **lane.result(*asked),
+                    "wave_seconds": round(seconds, 2),
+                }
                 content["expressivity"].append(run)
                 print(f"{problem:<7} {run['model']:<12} lr {run['lr']:g} seed {run['seed']}: words of {run['length']:>2}, loss "
                       f"{run['loss']:.4f}, right {' '.join(f'{x:.3f}' for x in run['accuracy'].values())}, {seconds:.1f} s",

@@ -29,6 +29,10 @@ def best_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
     return {key: max(rates.values(), key=merit) for key, rates in by_rate.items()}
 
 
+def best_of(run: Run, rates: set[float]) -> str:
+    return f"{run['lr']:g} of {len(rates)}"
+
+
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -37,21 +41,26 @@ def mean(values: Iterable[float]) -> float:
 def table(content: dict[str, Any]) -> str:
     """Markdown: a table for every problem, mean share of right answers over the seeds and, where they differ, the worst."""
     best = best_runs(content["expressivity"])
+    rates: dict[tuple[str, str], set[float]] = {}
+    for run in content["expressivity"]:
+        rates.setdefault((run["problem"], run["model"]), set()).add(run["lr"])
     parts = [
-        f"Trained {content['steps']:,} steps of {content['batch']} words of up to {content['trained']} elements; right answers in the last "
-        f"quarter of the positions up to a length, of {content['words']} words. Learning rate: the best of "
-        f"{', '.join(f'{lr:g}' for lr in sorted({run['lr'] for run in content['expressivity']}))}; mean of seeds (worst)."
+        f"Trained on words of up to {content['trained']} elements; right answers in the last quarter of the positions up to a length, of "
+        f"{content['words']} words. Learning rate: the best of those given; mean of seeds (worst)."
     ]  # fmt: skip
     for problem in dict.fromkeys(problem for problem, _ in best):
         found = {model: seeds for (name, model), seeds in best.items() if name == problem}
         lengths = list(next(iter(found.values()))[0]["accuracy"])
-        lines = [[problem, "shape", "parameters", "lr", "seeds", *lengths, "32 after"], ["---"] * (6 + len(lengths))]
+        lines = [
+            [problem, "shape", "parameters", "steps", "lr", "seeds", *lengths, "32 after"],
+            ["---"] * (7 + len(lengths)),
+        ]
         for model, seeds in found.items():
             first = seeds[0]
             after = [run["full_length_after"] for run in seeds]
             steps = "-" if None in after else f"{mean(after):,.0f} steps"
             cells = [_cell([run["accuracy"][length] for run in seeds]) for length in lengths]
-            lines.append([model, first["shape"], f"{first['parameters']:,}", f"{first['lr']:g}", str(len(seeds)), *cells, steps])  # fmt: skip
+            lines.append([model, first["shape"], f"{first['parameters']:,}", f"{first['steps']:,} x {first['batch']}", best_of(first, rates[problem, model]), str(len(seeds)), *cells, steps])  # fmt: skip
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
 
@@ -76,7 +85,15 @@ def draw(content: dict[str, Any], path: Path) -> Path:
                 continue
             lengths = [int(length) for length in seeds[0]["accuracy"]]
             shares = [[run["accuracy"][str(length)] for run in seeds] for length in lengths]
-            axes.plot(lengths, [mean(some) for some in shares], "o-", color=f"C{k}", markersize=4, label=model)
+            axes.plot(
+                lengths,
+                [mean(some) for some in shares],
+                "o-",
+                color=f"C{k}",
+                markersize=4,
+                linewidth=4 if model == "full" else 1.5,
+                label=model,
+            )
             axes.fill_between(lengths, [min(some) for some in shares], [max(some) for some in shares], color=f"C{k}", alpha=0.15)  # fmt: skip
         axes.axhline(CHANCE[problem], color="black", linewidth=1, linestyle="--")
         axes.axvline(content["trained"], color="#9a9a9a", linewidth=1, linestyle=":")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from newllm.cli.settings import device_settings
+from newllm.cli.settings import thread_settings
 from newllm.cli.train import shown
 from newllm.data import load_corpus, tokenise
 from newllm.diagnosis import TOLERANCE, Diagnosis, diagnose
@@ -22,9 +22,9 @@ from newllm.run import find_run
 def run(args: argparse.Namespace) -> int:
     if args.tokens < 32:
         raise UserError(f"--tokens {args.tokens}: wanted at least 32")
-    device = device_settings(args)
+    thread_settings(args)
     folder = find_run(args.run)
-    model, tokenizer = folder.load(device)
+    model, tokenizer = folder.load(torch.device("cpu"))  # differences are followed in float64, which no GPU kernel does
     if args.data is None:
         tokens = run_data(folder, folder.model_config()).tokens["valid"]
     else:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         tokens = tokenise(next(iter(corpus.splits.values())), tokenizer, "tokens")
     tokens = tokens[: args.tokens]
     check_tokens(model, tokens)
-    found = diagnose(model, torch.from_numpy(tokens.astype("int64")).to(device), progress=True)
+    found = diagnose(model, torch.from_numpy(tokens.astype("int64")), progress=True)
     plot = folder.path / "diagnose.png"
     diagnosis_plot([one.to_dict() for one in found], plot, f"{folder.path.name}, {tokens.size:,} tokens")
     if args.json:

@@ -149,7 +149,7 @@ EVAL_TEXT = (
 )
 DIAGNOSE_TEXT = (
     "Of every cell with coupling full, along a text: largest Lyapunov exponent, how long another start is remembered, passes that "
-    "chunks of time take, effective rank of the contexts, gate statistics. Prints tables and writes diagnose.png into the run."
+    "chunks of time take, effective rank of the contexts, gate statistics. On the CPU, in float64. Prints tables and writes diagnose.png into the run."
 )
 FIXPOINT_TEXT = (
     "Train cells that see their own context to come to rest under a token or phrase that is repeated, each at a place of its own, "
@@ -257,6 +257,10 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 def _run_options(parser: Parser) -> None:
     """Of every command that uses a trained run."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    _thread_option(parser)
+
+
+def _thread_option(parser: Parser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as PyTorch chooses)")
 
 
@@ -266,7 +270,7 @@ def _diagnose_options(parser: Parser) -> None:
     parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text (default: 1024)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    _run_options(parser)
+    _thread_option(parser)
 
 
 def _eval_options(parser: Parser) -> None:

@@ -55,9 +55,13 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def device_settings(args: argparse.Namespace) -> torch.device:
-    """The device of eval and generate; also sets the number of threads."""
+    """The device of eval, generate and fixpoint; also sets the number of threads."""
+    thread_settings(args)
+    return choose_device(args.device)
+
+
+def thread_settings(args: argparse.Namespace) -> None:
     if args.threads < 0:
         raise UserError(f"--threads: got {args.threads}, wanted 0 or more")
     if args.threads:
         torch.set_num_threads(args.threads)
-    return choose_device(args.device)

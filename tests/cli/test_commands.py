@@ -23,19 +23,19 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "compare", "prepare", "diagnose", "judge"])
+@pytest.mark.parametrize("command", ["train", "fixpoint", "eval", "generate", "compare", "prepare", "diagnose", "judge"])
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: newllm {command}")
-    assert ("--device" in out) == (command != "prepare")
+    assert ("--device" in out) == (command not in ("prepare", "diagnose"))  # which compute on the CPU
 
 
 def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
     assert all(
         f"\n    {command} " in out
-        for command in ("train", "prepare", "eval", "generate", "judge", "diagnose", "compare")
+        for command in ("train", "fixpoint", "prepare", "eval", "generate", "judge", "diagnose", "compare")
     )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
