@@ -150,6 +150,14 @@ def _select(z, c0, hidden_weight, gate_weight, norm, chunks):
     return backends.select("recurrent_context", z, c0.shape[1], cell)
 
 
+def predicted(z: Tensor, D: int, cell: Cell) -> costs.Step:
+    """What a step costs on a GPU, by whoever `select` chooses."""
+    backend = backends.select("recurrent_context", z, D, cell).backend
+    if backend == "cuda":
+        return costs.persistent(D, cell.H, cell.rows, z.device.index)
+    return costs.steps(D, cell.H, cell.layers, cell.rows) if backend == "triton" else costs.REFERENCE
+
+
 def _described(
     z, context_weight=None, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs
 ):

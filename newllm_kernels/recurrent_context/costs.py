@@ -32,6 +32,13 @@ class Step(NamedTuple):
         return f"some {self.forward:.3g} us a step forward and {self.backward:.3g} backward"
 
 
+# Of a pass over chunks beside its steps: what has moved, and asking the GPU for it.
+PASS = Step(150.0, 150.0)
+PASS_ON_CPU = 25  # in steps
+# Plain PyTorch, a launch for every operation.
+REFERENCE = Step(150.0, 400.0)
+
+
 def persistent(D: int, H: int, rows: int, device: int) -> Step:
     """CUDA C++, all steps in one launch: 16 rows a team, as many teams at once as fit."""
     team, teams = native.cuda_recurrent_team(D, H, device), native.cuda_recurrent_teams(D, H, device)

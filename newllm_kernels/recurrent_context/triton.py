@@ -132,7 +132,7 @@ class _Backward(_Steps):
 
     def __init__(self, pre: Tensor, D: int, weights: tuple[Tensor | None, ...], kinds: tuple[Any, ...]) -> None:
         super().__init__(pre, pre.shape[0], D, weights, kinds)
-        W_c, W_k, W_g, *_ = self.weights
+        _, W_k, W_g, *_ = self.weights
         self.H = 0 if W_g is None else W_g.shape[1]
         self.further = 0 if W_k is None else W_k.shape[0]
         self.carry, self.product = (torch.empty((self.rows, D), **self.acc) for _ in range(2))
