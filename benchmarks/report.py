@@ -2,7 +2,8 @@
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
 <device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
-is needed. Files of train_speed.py are printed; of generation_speed.py <device>-generation.png is drawn too.
+is needed. Files of train_speed.py are printed; of generation_speed.py and
+recurrent.py <device>-generation.png and <device>-recurrent.png are drawn too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import recurrent_report
 import torch
 
 from newllm_kernels import native
@@ -345,10 +347,10 @@ def generation_table(content: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows), of train_speed.py (runs) or of generation_speed.py (generation)."""
+    """A results file, of the benchmarks (rows), train_speed.py (runs), generation_speed.py (generation), recurrent.py (recurrent)."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict) or not (
-        {"runs", "generation"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
+        {"runs", "generation", "recurrent"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
     ):
         raise ValueError("has no rows of benchmarks")
     return content
@@ -373,12 +375,16 @@ def main(arguments: list[str]) -> int:
         )
         if "generation" in content:
             body = generation_table(content)
+        elif "recurrent" in content:
+            body = recurrent_report.table(content["recurrent"])
         else:
             body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
         if "generation" in content:
             picture = plots.draw_generation(content, path.with_suffix(".png"))
             print(f"wrote {picture}", file=sys.stderr)
+        if "recurrent" in content:
+            print(f"wrote {recurrent_report.draw(content, path.with_suffix('.png'))}", file=sys.stderr)
         if "rows" in content:
             for picture in plots.draw(content["rows"], path.with_suffix(""), content):
                 print(f"wrote {picture}", file=sys.stderr)

@@ -28,8 +28,22 @@ SHAPES = {
 }
 
 
+# Of the full cell (B, T, D), one hidden layer of 2 D: a cluster of 4 blocks, one of 16, and a team that meets in L2.
+CELL_SHAPES = {"cuda": [(5, 4, 64), (18, 3, 256), (3, 3, 512)], "triton": [(5, 4, 33), (18, 3, 64)]}
+
 # Of LayerNorm: rows of several warps, and of several blocks.
 NORM_SHAPES = [(1, 9, 2048), (1, 5, 4097), (1, 3, 16384)]
+
+
+def cells(backend: str) -> None:
+    for B, T, D in CELL_SHAPES[backend]:
+        dtype = torch.bfloat16
+        problem = cases.make("recurrent_context", B, T, D, dtype)
+        own = {"z": (B, T, 2 * D), "context_weight": (2 * D, D), "gate_weight": (3 * D, 2 * D)}
+        problem.tensors |= {name: (0.1 * torch.randn(*shape)).to(dtype) for name, shape in own.items()}
+        problem = problem.map(lambda name, x: x.cuda())
+        with nk.use_backend(backend):
+            cases.differentiate(problem.run, problem.tensors, [torch.randn_like(x) for x in problem.run()])
 
 
 def main() -> int:
@@ -48,6 +62,10 @@ def main() -> int:
         for function in only & cases.TRUTH.keys() or cases.TRUTH:
             operation = "layer_norm" if function == "add_layer_norm" else function.removesuffix("_packed")
             served = False
+            if function == "recurrent_context":
+                cells(backend)
+                print(f"{backend} {function}", flush=True)
+                continue
             for shape in SHAPES[backend] + (NORM_SHAPES if operation == "layer_norm" and backend == "cuda" else []):
                 if shape[2] > 8192 and torch.cuda.get_device_capability() < (9, 0):
                     continue
