@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-HEADERS = ("B x T x D", "what", "weights", "backend", "passes", "forward", "in a graph", "backward", "in a graph")
+HEADERS = (
+    "B x T x D", "what", "dtype", "weights", "backend", "passes", "off by", "forward", "in a graph", "backward", "in a graph",
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: microseconds a step, by events and in a CUDA graph."""
+    """Markdown: microseconds a step, by events and in a CUDA graph. Passes forward / backward, + where the rest then went in order;
+    off by: relative difference of the contexts from those in order."""
     from report import _cells
 
     return _cells(list(HEADERS), [_line(row) for row in rows])
@@ -26,8 +29,8 @@ def _line(row: Row) -> list[str]:
         name = f"auto: {'in order' if row['chunks'] == 1 else str(row['chunks']) + ' chunks'}, {row['over_sequential']:.2f} of in order"
     times = [row.get(key) for key in ("forward_us", "forward_graph_us", "backward_us", "backward_graph_us")]
     return [
-        "x".join(map(str, row["shape"])), f"{name} {row['dtype']}" if "LSTM" in name else name, row["weights"],
-        row.get("backend", "-"), passes or "-", *("-" if us is None else f"{us:.3g}" for us in times),
+        "x".join(map(str, row["shape"])), name, row["dtype"], row["weights"], row.get("backend", "-"), passes or "-",
+        f"{row['difference']:.1e}" if "difference" in row else "-", *("-" if us is None else f"{us:.3g}" for us in times),
     ]  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def _bars(rows: list[Row]) -> dict[str, dict[str, float]]:
         if row["name"] == "auto":
             continue
         kind = "chunks" if "chunks" in row else row["name"]
-        label = f"{kind}, {row['weights']}" if kind in ("chunks", "in order") else f"{kind} {row['dtype']}"
+        label = f"{kind} {row['dtype']}" + (f", {row['weights']}" if kind in ("chunks", "in order") else "")
         for direction in ("forward", "backward"):
             least = min(us for us in (row[f"{direction}_us"], row[f"{direction}_graph_us"]) if us is not None)
             bar = bars.setdefault(label, {})

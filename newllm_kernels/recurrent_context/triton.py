@@ -138,6 +138,8 @@ class _Backward(_Steps):
         self.carry, self.product = (torch.empty((self.rows, D), **self.acc) for _ in range(2))
         self.grad_norm = torch.empty((self.rows, 2, D), **self.acc)
         self.grad_h = torch.empty((self.rows, self.H), **self.acc)
+        # Gradients as products read them: always laid out alike, or graphs and single steps might differ in bits.
+        self.of_gates, self.of_hidden = (torch.empty((self.rows, width), **self.own) for width in (3 * D, self.H))
 
     def begin(self, grad_c_last: Tensor | None) -> None:
         if grad_c_last is None:
@@ -160,19 +162,19 @@ class _Backward(_Steps):
         for t in reversed(range(c.shape[1])):
             before, pre_t, grad_t, hidden_t = c[:, t - 1] if t > 0 else first, pre[:, t], grad_pre[:, t], hidden[:, t]
             from_outside = None if grad_c is None else grad_c[:, t]
-            grad = grad_t[:, layers * H :]
             update_backward[self._update_grid()](
-                pre_t[:, layers * H :], before, c[:, t], from_outside, self.product, self.carry, weight, bias, grad,
-                self.grad_norm, self.decay, self.rows, self.D, pre.stride(0), before.stride(0), c.stride(0),
+                pre_t[:, layers * H :], before, c[:, t], from_outside, self.product, self.carry, weight, bias,
+                grad_t[:, layers * H :], self.of_gates, self.grad_norm, self.decay, self.rows, self.D, pre.stride(0), before.stride(0), c.stride(0),
                 0 if grad_c is None else grad_c.stride(0), grad_pre.stride(0), self.eps, self.clamp, self.edge,
                 **of_update,
             )  # fmt: skip
+            grad = self.of_gates
             for layer in reversed(range(layers)):
                 _product(grad, W_g if layer == layers - 1 else W_k[layer], self.grad_h)
                 own = slice(layer * H, (layer + 1) * H)
-                grad = grad_t[:, own]
+                grad = self.of_hidden
                 hidden_backward[grid](
-                    self.grad_h, pre_t[:, own], grad, hidden_t[:, own], H, pre.stride(0), grad_pre.stride(0),
+                    self.grad_h, pre_t[:, own], grad_t[:, own], grad, hidden_t[:, own], H, pre.stride(0), grad_pre.stride(0),
                     hidden.stride(0), **constants,
                 )  # fmt: skip
             _product(grad, W_c, self.product)

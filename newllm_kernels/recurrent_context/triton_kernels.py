@@ -91,14 +91,17 @@ def hidden_forward(
 
 @kernel()
 def hidden_backward(
-    p_product, p_pre, p_grad, p_h, H, s_pre, s_grad, s_h, ACT: tl.constexpr, EXACT: tl.constexpr, BZ: tl.constexpr
-):
-    """Gradient of a from that of h, and h again, from a."""
+    p_product, p_pre, p_grad, p_read, p_h, H, s_pre, s_grad, s_h, ACT: tl.constexpr, EXACT: tl.constexpr,
+    BZ: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a from that of h, once more as the next product reads it, and h again, from a."""
     row = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BZ + tl.arange(0, BZ)
     mask = o_h < H
     h, slope = _activated_slope(_load(p_pre, row * s_pre + o_h, mask), ACT, EXACT)
-    _store(p_grad, row * s_grad + o_h, _load(p_product, row * H + o_h, mask) * slope, mask)
+    grad = _load(p_product, row * H + o_h, mask) * slope
+    _store(p_grad, row * s_grad + o_h, grad, mask)
+    _store(p_read, row * H + o_h, grad, mask)
     _store(p_h, row * s_h + o_h, h, mask)
 
 
@@ -175,13 +178,13 @@ def _through_norm(g, xhat, rstd, D):
 
 @kernel(do_not_specialize=("rows",))
 def update_backward(
-    p_pre, p_before, p_c, p_grad_c, p_product, p_carry, p_weight, p_bias, p_grad, p_norm, p_decay, rows, D, s_pre,
+    p_pre, p_before, p_c, p_grad_c, p_product, p_carry, p_weight, p_bias, p_grad, p_read, p_norm, p_decay, rows, D, s_pre,
     s_before, s_c, s_grad_c, s_grad, eps, clamp, edge, HAS_GRAD: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, MARK: tl.constexpr, EXACT: tl.constexpr,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of f, i, d from that of c_t: `carry` (rows, D), what comes of step t + 1 directly, `product`, what comes through
-    the first layer that read c_t, and grad_c. carry moves on in place; p_norm (rows, 2, D) gathers those of weight and bias."""
+    the first layer that read c_t, and grad_c; p_read has them once more as the next product reads them. carry moves on in place; p_norm (rows, 2, D) gathers those of weight and bias."""
     o_d = tl.arange(0, BD)[None, :]
     m_d = o_d < D
     row = (tl.program_id(0) * BR + tl.arange(0, BR).to(tl.int64))[:, None]
@@ -211,10 +214,15 @@ def update_backward(
         du = back if NORM == NORM_STATE else g + back
     else:
         du = g + through
-    out = row * s_grad + o_d
-    _store(p_grad, out, du * before * sigmoid_slope(f, forget, EXACT), mask)
-    _store(p_grad, out + D, du * delta * sigmoid_slope(i, write, EXACT), mask)
-    _store(p_grad, out + 2 * D, du * write * (1.0 - delta * delta), mask)
+    df, di = du * before * sigmoid_slope(f, forget, EXACT), du * delta * sigmoid_slope(i, write, EXACT)
+    dd = du * write * (1.0 - delta * delta)
+    out, packed = row * s_grad + o_d, 3 * row * D + o_d
+    _store(p_grad, out, df, mask)
+    _store(p_grad, out + D, di, mask)
+    _store(p_grad, out + 2 * D, dd, mask)
+    _store(p_read, packed, df, mask)
+    _store(p_read, packed + D, di, mask)
+    _store(p_read, packed + 2 * D, dd, mask)
     _store(p_carry, own, du * forget, mask)
     if DECAY:
         _store(p_decay, own, _load(p_decay, own, mask) * _decay(forget, xhat, rstd, weight, D, NORM), mask)

@@ -101,7 +101,7 @@ def test_chunks_equal_the_order_of_time():
     problem.options |= {"chunks": 3, "passes": 3}
     got, in_chunks = differentiate(problem.run, problem.tensors, grads)
     for x, y in zip((*got, *in_chunks.values()), (*want, *whole.values()), strict=True):
-        assert relative_error(x, y.double()) <= 1e-5
+        assert relative_error(x, y.cpu().double()) <= 1e-5
 
 
 @pytest.mark.parametrize("norm", [None, "state"])
@@ -116,7 +116,7 @@ def test_decay_of_both_directions(norm):
         c, _, pre, decay = kernels.forward(t["z"], t["c0"], *weights, *kinds, True, True)
         found.append((decay, kernels.backward(torch.ones_like(c), None, pre, c, t["c0"], *back)[4]))
     for x, y in zip(*found, strict=True):
-        assert relative_error(x, y.double()) <= 1e-5
+        assert relative_error(x, y.cpu().double()) <= 1e-5
 
 
 def test_nan_stays_in_its_row():
