@@ -78,9 +78,13 @@ class Solver:
         return best
 
     def _passes(self, steps: int, chunks: int) -> float:
-        """Expected of chunks of so many steps: longer ones forget more and never need more passes."""
+        """Expected of chunks of so many steps: longer ones forget more and never need more passes. Where some gave up, only much
+        longer ones are worth a trial: a cell that does not forget, or rounding that keeps seams open, is to cost few calls."""
         if (steps, chunks) in self.seen:
             return self.seen[steps, chunks]
+        gave_up = max((longest for (longest, _), passes in self.seen.items() if passes == math.inf), default=0)
+        if steps < 4 * gave_up:
+            return math.inf
         at_least = max((passes for (longer, _), passes in self.seen.items() if longer >= steps), default=0)
         at_most = min((passes for (shorter, _), passes in self.seen.items() if shorter <= steps), default=math.inf)
         return max(at_least, min(GUESSED_PASSES, at_most))
