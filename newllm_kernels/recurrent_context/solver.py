@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newllm_kernels import backends
 from newllm_kernels.context_scan import seams
 from newllm_kernels.recurrent_context import Cell, costs, predicted
 
@@ -34,6 +35,9 @@ class Solver:
         self.kind, self.chunks = kind, chunks
         self.options: dict[str, Any] = {"tolerance": tolerance, "passes": passes}
         self.seen: dict[tuple[int, int], float] = {}  # (steps of a chunk, chunks) -> passes, infinite where it gave up
+        self.choices: dict[
+            tuple[Any, ...], int
+        ] = {}  # what was chosen for calls like one, as long as nothing new is seen
         self.calls = 0
 
     @contextmanager
@@ -45,7 +49,7 @@ class Solver:
         if torch.compiler.is_compiling():  # which can neither measure nor ask the device
             yield {"chunks": self.chunks or 1 if self.kind == "chunked" else 1, **self.options}
             return
-        K = self._choose(z.shape[0], z.shape[1], *cost_of_steps(z, D, Cell(H, layers, norm, z.shape[0])))
+        K = self._decide(z, D, Cell(H, layers, norm, z.shape[0]))
         options = {"chunks": K, **self.options}
         if self.kind != "auto" or K == 1:
             yield options
@@ -55,6 +59,23 @@ class Solver:
         for record in records:
             if record.direction == "forward":
                 self.seen[record.steps, record.chunks] = math.inf if record.in_order else record.passes
+                self.choices.clear()
+
+    def _decide(self, z: Tensor, D: int, cell: Cell) -> int:
+        if self.kind == "auto":
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return 1  # a graph cannot ask what has moved
+            self.calls += 1
+            if self.calls % FORGET_AFTER == 0:
+                self.seen.clear()
+                self.choices.clear()
+        # To predict takes some 200 microseconds, a twentieth of a call of 1024 steps.
+        call = (z.shape[1], D, cell, z.dtype, z.device, torch.is_grad_enabled(), backends.current_backend())
+        if call not in self.choices:
+            if len(self.choices) >= 256:
+                self.choices.clear()
+            self.choices[call] = self._choose(z.shape[0], z.shape[1], *cost_of_steps(z, D, cell))
+        return self.choices[call]
 
     def _choose(self, B: int, T: int, time: Time, overhead: float) -> int:
         if self.kind == "sequential" or B == 0 or T < 2 * SHORTEST:
@@ -62,12 +83,6 @@ class Solver:
         if self.kind == "chunked" and self.chunks:
             return self.chunks
         best, least = (1, 0.9 * T * time(B)) if self.kind == "auto" else (2, math.inf)  # a tenth for what nobody knows
-        if self.kind == "auto":
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return 1  # a graph cannot ask what has moved
-            self.calls += 1
-            if self.calls % FORGET_AFTER == 0:
-                self.seen.clear()
         for K in CHUNKS:
             steps = T // K
             if steps < SHORTEST:

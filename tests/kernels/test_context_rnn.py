@@ -270,6 +270,7 @@ def test_auto_goes_by_what_it_has_seen(monkeypatch):
     else:
         pytest.fail("never tried again")
     monkeypatch.setattr(module, "cost_of_steps", filled_by(4))  # the batch alone fills the device
+    auto = module.Solver("auto")
     assert call(2) == 1
     full = filled_by(128)()
     assert module.Solver("chunked")._choose(4, 1024, *full) == 32
