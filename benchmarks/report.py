@@ -2,7 +2,7 @@
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
 <device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
-is needed. Files of train_speed.py are printed; of generation_speed.py and expressivity.py <file>.png is drawn too.
+is needed. Files of train_speed.py are printed; of generation_speed.py, expressivity.py and recurrent.py <file>.png is drawn too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import recurrent_report
 import torch
 
 from newllm import speed
@@ -367,11 +368,11 @@ def generation_table(content: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows), of train_speed.py (runs, contexts), generation_speed.py or expressivity.py (their names)."""
+    """A results file, of the benchmarks (rows), or of train_speed.py (runs, contexts), generation_speed.py, expressivity.py or
+    recurrent.py (their names)."""
     content = json.loads(path.read_text())
-    if not isinstance(content, dict) or not (
-        {"runs", "contexts", "generation", "expressivity"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
-    ):
+    kinds = {"runs", "contexts", "generation", "expressivity", "recurrent"}
+    if not isinstance(content, dict) or not (kinds & content.keys() or {"rows", "copy_gbps"} <= content.keys()):
         raise ValueError("has no rows of benchmarks")
     return content
 
@@ -400,6 +401,8 @@ def main(arguments: list[str]) -> int:
             body = contexts_table(content)
         elif "expressivity" in content:
             body = expressivity_report.table(content)
+        elif "recurrent" in content:
+            body = recurrent_report.table(content["recurrent"])
         else:
             body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
@@ -407,6 +410,8 @@ def main(arguments: list[str]) -> int:
             painter = plots.draw_generation if "generation" in content else expressivity_report.draw
             picture = painter(content, path.with_suffix(".png"))
             print(f"wrote {picture}", file=sys.stderr)
+        if "recurrent" in content:
+            print(f"wrote {recurrent_report.draw(content, path.with_suffix('.png'))}", file=sys.stderr)
         if "rows" in content:
             for picture in plots.draw(content["rows"], path.with_suffix(""), content):
                 print(f"wrote {picture}", file=sys.stderr)

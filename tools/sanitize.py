@@ -30,7 +30,7 @@ OPERATIONS = (
     "context_update_packed", "context_scan", "context_scan_packed", "recurrent_context", "layer_norm", "add_layer_norm",
     "decode_linear",
 )  # fmt: skip
-TRITON_HAS_NOT = ("recurrent_context", "decode_linear")
+TRITON_HAS_NOT = ("decode_linear",)
 # (B, T, D). Of CUDA C++: a block alone, columns in pieces of 2 bytes; chunks of time, whose windows are of up to 128 steps;
 # clusters, which take more than 8 blocks of 64 columns; (140, 3, 72): rows of context_scan that share a multiprocessor.
 SHAPES = {
@@ -124,8 +124,8 @@ def run_decode_linear() -> None:
     torch.cuda.synchronize()
 
 
-def run_recurrent_context() -> None:
-    """The widths that it takes: of a cluster, and of blocks that meet through memory."""
+def run_recurrent_context(backend: str) -> None:
+    """The widths that CUDA C++ takes: of a cluster, and of blocks that meet through memory."""
     import torch
 
     import newllm_kernels as nk
@@ -138,14 +138,18 @@ def run_recurrent_context() -> None:
         tensors = {
             name: (torch.randn(shape) * D**-0.5).bfloat16().cuda().requires_grad_() for name, shape in shapes.items()
         }
-        with nk.use_backend("cuda"):
+        with nk.use_backend(backend):
             outputs = nk.recurrent_context(**tensors)
             grads = [torch.randn(x.shape).to(x.dtype).cuda() for x in outputs]
             torch.autograd.grad(outputs, list(tensors.values()), grads)
     torch.cuda.synchronize()
 
 
-SPECIAL = {("cuda", "decode_linear"): run_decode_linear, ("cuda", "recurrent_context"): run_recurrent_context}
+SPECIAL = {
+    ("cuda", "decode_linear"): run_decode_linear,
+    ("cuda", "recurrent_context"): lambda: run_recurrent_context("cuda"),
+    ("triton", "recurrent_context"): lambda: run_recurrent_context("triton"),
+}
 
 
 # ---- all of them, in parallel --------------------------------------------------------------------------------------

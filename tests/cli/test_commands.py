@@ -23,7 +23,9 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "fixpoint", "eval", "generate", "compare", "prepare", "diagnose", "judge"])
+@pytest.mark.parametrize(
+    "command", ["train", "fixpoint", "eval", "generate", "compare", "prepare", "diagnose", "judge"]
+)
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
