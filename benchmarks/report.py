@@ -2,7 +2,7 @@
 
 Without arguments it takes every benchmarks/results/*.json. For each it prints the table and writes, beside the file,
 <device>-roofline.png, <device>-speedup.png, <device>-scaling.png and <device>-overhead.png, whichever it has rows for. No GPU
-is needed. Files of train_speed.py are printed; of generation_speed.py and expressivity.py <file>.png is drawn too.
+is needed. Files of train_speed.py are printed; of generation_speed.py, expressivity.py and recurrent.py <file>.png is drawn too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import recurrent_report
 import torch
 
+from newllm import speed
 from newllm_kernels import native
 
 Row = dict[str, Any]
@@ -33,13 +35,7 @@ HEADLINE = {"cpu": "8x1024x512", "cuda": "8x4096x1024"}
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return speed.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def device_slug() -> str:
@@ -320,6 +316,33 @@ def training_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def contexts_table(content: dict[str, Any]) -> str:
+    """Markdown: tokens/s and peak memory of training by length of the segment, a pair of columns for each model."""
+    names = list(dict.fromkeys(run["model"] for run in content["contexts"]))
+    runs = {(run["model"], run["length"]): run for run in content["contexts"]}
+    lines = []
+    for length in sorted({run["length"] for run in content["contexts"]}):
+        line = [f"{length:,}"]
+        for name in names:
+            run = runs.get((name, length))
+            if run is None:  # the run was cut short
+                line += ["-", "-"]
+            elif "failure" in run:
+                line += ["out of memory" if "OutOfMemory" in run["failure"] else "failed", "-"]
+            else:
+                peak = run["peak_bytes"]
+                line += [
+                    f"{run['tokens_per_s']:,.0f}" + ("" if run["graph"] else "*"),
+                    "-" if peak is None else _bytes(peak),
+                ]
+        lines.append(line)
+    headers = ["tokens of context", *(f"{name}, {what}" for name in names for what in ("tokens/s", "peak memory"))]
+    note = f"Training, preset {content['preset']}, one stream, {content['precision']}; a Transformer sees all of the context."
+    if any(not run.get("graph", True) for run in content["contexts"]):
+        note += " *: launched kernel by kernel, not as a CUDA graph."
+    return f"{note}\n\n{_cells(headers, lines)}"
+
+
 def _bytes(count: int) -> str:
     unit, name = next(((2**k, name) for k, name in ((30, "GiB"), (20, "MiB")) if count >= 2**k), (2**10, "KiB"))
     return f"{count / unit:,.1f} {name}"
@@ -345,11 +368,11 @@ def generation_table(content: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows), of train_speed.py (runs), generation_speed.py or expressivity.py (their names)."""
+    """A results file, of the benchmarks (rows), or of train_speed.py (runs, contexts), generation_speed.py, expressivity.py or
+    recurrent.py (their names)."""
     content = json.loads(path.read_text())
-    if not isinstance(content, dict) or not (
-        {"runs", "generation", "expressivity"} & content.keys() or {"rows", "copy_gbps"} <= content.keys()
-    ):
+    kinds = {"runs", "contexts", "generation", "expressivity", "recurrent"}
+    if not isinstance(content, dict) or not (kinds & content.keys() or {"rows", "copy_gbps"} <= content.keys()):
         raise ValueError("has no rows of benchmarks")
     return content
 
@@ -374,8 +397,12 @@ def main(arguments: list[str]) -> int:
         )
         if "generation" in content:
             body = generation_table(content)
+        elif "contexts" in content:
+            body = contexts_table(content)
         elif "expressivity" in content:
             body = expressivity_report.table(content)
+        elif "recurrent" in content:
+            body = recurrent_report.table(content["recurrent"])
         else:
             body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
@@ -383,6 +410,8 @@ def main(arguments: list[str]) -> int:
             painter = plots.draw_generation if "generation" in content else expressivity_report.draw
             picture = painter(content, path.with_suffix(".png"))
             print(f"wrote {picture}", file=sys.stderr)
+        if "recurrent" in content:
+            print(f"wrote {recurrent_report.draw(content, path.with_suffix('.png'))}", file=sys.stderr)
         if "rows" in content:
             for picture in plots.draw(content["rows"], path.with_suffix(""), content):
                 print(f"wrote {picture}", file=sys.stderr)

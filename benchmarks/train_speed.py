@@ -10,6 +10,9 @@ each launched kernel by kernel, as the CUDA graphs that training uses on a GPU, 
 made (the reference only the first way: its loop would become a graph of as many steps); medians over the steps after a
 warm-up, and the share of the GPU's matrix-product rate that the model's products make up (MFU). `--profile` adds where the
 time goes. Results are written after every run.
+
+`--contexts 1024 ... 131072` instead: one stream of so many tokens a step, New-LLM and a Transformer that sees all of them, tokens/s
+and peak memory; as a CUDA graph where that fits into memory, else kernel by kernel.
 `python benchmarks/report.py FILE` prints a results file again.
 """
 
@@ -45,6 +48,7 @@ from newllm_kernels import use_backend
 # The first step starts without a context, two more run kernel by kernel before the fourth is captured, the fifth replays.
 WARM_UP = 5
 PROFILED, SHOWN = 3, 15  # steps; operations of the table
+TIMED_TOKENS = 2**18  # of a run of --contexts, at two steps or more
 REFERENCE_STEPS = 3  # a Python loop over time is slow, and its spread small beside what it is compared with
 
 
@@ -122,6 +126,27 @@ def measure(
     return run
 
 
+def contexts(
+    model: ModelConfig, config: TrainingConfig, lengths: list[int], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """One run per model and length; `keep` gets those there are after each of them."""
+    found: list[dict[str, Any]] = []
+    for length in lengths:
+        # Equal in all but the window; what is longer than the preset's is what is asked here.
+        others = dataclasses.replace(transformer_like(model), max_seq_len=length)
+        for name, of in (("newllm", model), ("transformer", others)):
+            print(f"{name}, context {length} ...", file=sys.stderr, flush=True)
+            one = dataclasses.replace(config, batch_size=1, segment=length, grad_accum=1, compile=False)
+            steps = max(2, min(config.steps, TIMED_TOKENS // length))
+            for graph in dict.fromkeys((choose_device(config.device).type == "cuda", False)):
+                run = measure(name, of, "auto", dataclasses.replace(one, cuda_graph=graph), steps, 0)
+                if "OutOfMemory" not in run.get("failure", ""):
+                    break
+            found.append({"length": length, **run})
+            keep(found)
+    return found
+
+
 def where_time_goes(steps: Callable[[], Any], cuda: bool) -> dict[str, Any]:
     """The operations that take longest by self time: GPU kernels, or PyTorch operators on a CPU."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -157,6 +182,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, metavar="V", help="of the model (default: the preset's)")
     parser.add_argument("--batch", type=int, metavar="B", help="streams side by side (default: the preset's)")
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a stream per step (default: the preset's)")
+    parser.add_argument("--contexts", nargs="*", type=int, metavar="T", help="training at lengths of context instead, one stream "
+                        "(without T: powers of two from 1024 to 131072)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps of each (default: 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--profile", action="store_true", help="add the kernels that take longest")
@@ -187,6 +214,29 @@ def settings(args: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
         return model, dataclasses.replace(config, random_segments=False, **given)
 
 
+def main_contexts(args: argparse.Namespace, model: ModelConfig, config: TrainingConfig) -> int:
+    device = choose_device(config.device)
+    content: dict[str, Any] = {
+        **report.environment(), "preset": args.config or args.preset,
+        "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."), "contexts": [],
+    }  # fmt: skip
+    lengths = args.contexts or [2**k for k in range(10, 18)]
+    content["contexts"] = contexts(
+        model, config, lengths, lambda found: write(args.results, content | {"contexts": found})
+    )
+    print(report.contexts_table(content))
+    failures = [run["failure"] for run in content["contexts"] if "failure" in run]
+    return 1 if any("OutOfMemory" not in failure for failure in failures) else 0
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    """All or nothing, where a file is wanted."""
+    if path:
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        draft.replace(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
@@ -194,10 +244,14 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(config.device)
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
+        if args.contexts and min(args.contexts) < 1:
+            raise UserError(f"--contexts {min(args.contexts)}: wanted lengths of at least 1")
         chosen = configurations(model, config.segment)
     except ValueError as error:
         print(f"train_speed: error: {one_line(error)}", file=sys.stderr)
         return 2
+    if args.contexts is not None:
+        return main_contexts(args, model, config)
     content: dict[str, Any] = {
         **report.environment(), "preset": args.config or args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
         "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."),
@@ -211,10 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             chosen_way = dataclasses.replace(config, cuda_graph=graph, compile=compiled)
             profiled = PROFILED if args.profile and backend != "reference" else 0
             content["runs"].append(measure(name, of, backend, chosen_way, steps, profiled))
-            if args.results:
-                draft = args.results.with_name(f".{args.results.name}")
-                draft.write_text(json.dumps(content, indent=1) + "\n")
-                draft.replace(args.results)
+            write(args.results, content)
     print(report.training_table(content))
     return 1 if any("failure" in run for run in content["runs"]) else 0
 

@@ -44,8 +44,11 @@ struct Cuda {
 
   template <class Args>
   static void run(const Args& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    const cudaStream_t stream = current_stream(like.get_device_index());
+    const int32_t device = like.get_device_index();
+    int current = -1;  // to ask costs less than a guard, which is two objects and four calls
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard.emplace(device);
+    const cudaStream_t stream = current_stream(device);
     // Freed when this returns: the caching allocator gives memory out again in the order of the stream.
     struct Held {
       const Tensor& like;

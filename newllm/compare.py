@@ -1,4 +1,4 @@
-"""New-LLM against a Transformer: the same number of parameters, data, steps and trainer.
+"""New-LLM against a Transformer: the same number of parameters, data, trainer, and the same steps or the same minutes.
 
 Each model trains in a process of its own (`newllm train --resume`), so that peak memory is that of one model and a
 comparison that was interrupted goes on where it stopped.
@@ -26,6 +26,7 @@ from newllm.run import Run
 from newllm.training_config import TrainingConfig
 
 BASELINE = "transformer"
+EQUAL_TIME = "equal-time.json"  # minutes of each run, and the steps that came to for those measured so far
 
 
 def check(model: ModelConfig) -> None:
@@ -34,16 +35,23 @@ def check(model: ModelConfig) -> None:
         raise UserError(f"--architecture {BASELINE}: compare wants the model to set against the {BASELINE}")
 
 
-def prepare(folder: Run, model: ModelConfig, config: TrainingConfig, data: Data) -> None:
-    """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet."""
+def prepare(
+    folder: Run, model: ModelConfig, config: TrainingConfig, data: Data, command: str, minutes: float | None = None
+) -> None:
+    """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet. `minutes`: of
+    training for each, in place of the steps of `config`."""
     check(model)
+    if minutes is not None:
+        config = dataclasses.replace(config, steps=max(config.steps, _measured_steps(config) + 1))
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     with arguments_are_the_users():
         baseline = transformer_like(model)
     # Longer positions than a segment has would be used at evaluation without ever having been trained.
     baseline = dataclasses.replace(baseline, max_seq_len=config.segment)
     for contestant in (model, baseline):
-        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data)
+        new_trainer(Run(folder.path / contestant.architecture), contestant, config, data, command=command)
+    if minutes is not None:
+        checkpoint.write_json(folder.path / EQUAL_TIME, {"minutes": minutes, "steps": {}})
 
 
 def contestants(folder: Path) -> list[Run]:
@@ -62,8 +70,39 @@ def train(run: Run) -> int:
     its peak memory would be measured anew, without the training."""
     if run.summary_file.exists() and checkpoint.read_json(run.summary_file).get("steps") == training_config(run).steps:
         return 0
+    options: list[str] = []
+    agreed = run.path.parent / EQUAL_TIME
+    if agreed.exists() and run.path.name not in (plan := checkpoint.read_json(agreed))["steps"]:
+        code = _measure(run)
+        if code:
+            return code
+        plan["steps"][run.path.name] = steps = _steps_in(run, plan["minutes"])
+        options = ["--steps", str(steps)]
+        checkpoint.write_json(agreed, plan)
+    return _train(run, options)
+
+
+def _measured_steps(config: TrainingConfig) -> int:
+    """Steps after which the speed of a run is known: kernels are compiled and graphs captured before the second log."""
+    return 2 * config.log_every
+
+
+def _measure(run: Run) -> int:
+    """Train the first steps of a run, which then goes on; returns the exit code."""
+    missing = _measured_steps(training_config(run)) - checkpoint.load(run.last_file)[1]["step"]
+    return _train(run, ["--stop-after", str(missing)]) if missing > 0 else 0
+
+
+def _steps_in(run: Run, minutes: float) -> int:
+    """Steps of `minutes` at the speed of the last log: what is compiled once is not counted against a model."""
+    config = training_config(run)
+    rate = next(record["tokens_per_s"] for record in reversed(run.metrics()) if "tokens_per_s" in record)
+    return max(_measured_steps(config) + 1, round(60 * minutes * rate / config.tokens_per_step))
+
+
+def _train(run: Run, options: list[str]) -> int:
     # A process group of its own: Ctrl-C reaches it once, through here, and not from the terminal too.
-    command = [sys.executable, "-m", "newllm", "train", "--resume", str(run.path)]
+    command = [sys.executable, "-m", "newllm", "train", "--resume", str(run.path), *options]
     with subprocess.Popen(command, process_group=0) as child, _passing_signals_to(child):
         code = child.wait()
     if code < 0:
@@ -104,6 +143,8 @@ def _row(run: Run) -> dict[str, Any]:
         row["test_perplexity"] = summary["test"]["perplexity"]
     return row | {
         "unigram_perplexity": summary["valid"]["unigram_perplexity"],
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
         "tokens_per_s": summary["tokens_per_s"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "state_bytes": generation_state_bytes(config),
@@ -128,6 +169,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     if "test_perplexity" in rows[0]:
         columns.append(("test_perplexity", "test", "{:,.2f}".format))
+    if len({row["steps"] for row in rows}) > 1:  # equal minutes
+        columns += [("steps", "steps", "{:,}".format), ("seconds", "seconds", "{:,.0f}".format)]
     columns += [
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
         ("peak_memory_bytes", "peak memory", lambda size: f"{size / 2**20:,.0f} MiB"),

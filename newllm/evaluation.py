@@ -68,6 +68,11 @@ def token_losses(
         return torch.cat(losses).cpu().numpy()
 
 
+def bits_per_byte(loss: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Of a mean loss in nats per token over all tokens (n,) but the first: what compares across vocabularies."""
+    return loss * (tokens.size - 1) / math.log(2) / float(tokenizer.byte_counts[tokens[1:]].sum())
+
+
 def check_tokens(model: LanguageModel, tokens: np.ndarray) -> None:
     """Raise UserError where tokens (n,) cannot be scored."""
     if tokens.size < 2:

@@ -77,12 +77,14 @@ def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> T
     return tokenizer
 
 
-def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data, init: Run | None = None) -> Trainer:
+def new_trainer(
+    run: Run, model: ModelConfig, config: TrainingConfig, data: Data, init: Run | None = None, command: str = ""
+) -> Trainer:
     """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on:
     with the weights of the run `init`, where it starts from one.
 
     The model takes the tokenizer's vocabulary. A Transformer's window is the segment it is trained on where it would be
-    longer: it never learns what lies further back.
+    longer: it never learns what lies further back. `command`: what was typed, for the record.
     """
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     if model.architecture == "transformer" and model.max_seq_len > config.segment:
@@ -94,7 +96,7 @@ def new_trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data
         trainer.start_from(weights_of(init, trainer.model, data.tokenizer))
     fill_run(run, model, data)
     trainer.save()
-    write_config(run, model, config, data_record(data), init)
+    write_config(run, model, config, data_record(data), command, init)
     return trainer
 
 
@@ -142,11 +144,17 @@ def training_config(run: Run) -> TrainingConfig:
 
 
 def write_config(
-    run: Run, model: ModelConfig, config: TrainingConfig, data: dict[str, str], init: Run | None = None
+    run: Run,
+    model: ModelConfig,
+    config: TrainingConfig,
+    data: dict[str, str],
+    command: str = "",
+    init: Run | None = None,
 ) -> None:
-    content = {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data}
+    """`command`: what was typed. `init`: for the reader; its weights are in the checkpoints."""
+    content = {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data, "command": command}
     if init is not None:
-        content["init"] = str(init.path.resolve())  # for the reader: the weights are in the checkpoints
+        content["init"] = str(init.path.resolve())
     checkpoint.write_json(run.config_file, content)
 
 

@@ -2,15 +2,17 @@
 
     prepared.json    name, whether it came divided, and per split the number and checksum of its tokens
     tokenizer.json   in the format of the `tokenizers` library
-    <split>.npy      token ids (n,) uint16 or uint32
+    <split>.npy      token ids (n,) uint16 or uint32; or <split>.npy.xz, the same compressed
 
 `newllm prepare` writes such a folder, `--data` takes it.
 """
 
 from __future__ import annotations
 
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -34,19 +36,35 @@ def is_prepared(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def save_prepared(folder: Path, prepared: Prepared) -> None:
-    """Write the folder, its index last: without it, it is none. Raises UserError where that is not possible."""
+def save_prepared(folder: Path, prepared: Prepared, *, compress: bool = False) -> None:
+    """Write the folder, its index last: without it, it is none. `compress` packs the arrays with xz.
+    Raises UserError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {os_reason(error)}") from error
     checkpoint.write_text(folder / "tokenizer.json", prepared.tokenizer.to_json())
     for split, tokens in prepared.tokens.items():
-        with checkpoint.atomic_write(folder / f"{split}.npy") as temporary, open(temporary, "wb") as file:
+        name = f"{split}.npy.xz" if compress else f"{split}.npy"
+        with checkpoint.atomic_write(folder / name) as temporary, _created(temporary, compress) as file:
             np.save(file, tokens)
     splits = {split: fingerprint(tokens) for split, tokens in prepared.tokens.items()}
     index = {"name": prepared.name, "standard_split": prepared.standard_split, "splits": splits}
     checkpoint.write_json(folder / INDEX, index)
+
+
+def whole_documents(tokens: np.ndarray, eos_id: int, limit: int) -> np.ndarray:
+    """The first of tokens (n,), at most `limit`, up to the end of a document. Raises UserError where none ends so soon."""
+    if tokens.size <= limit:
+        return tokens
+    ends = np.flatnonzero(tokens[:limit] == eos_id)
+    if not ends.size:
+        raise UserError(f"--max-tokens {limit}: the first document of the training text is longer")
+    return tokens[: ends[-1] + 1]
+
+
+def _created(path: Path, compress: bool) -> BinaryIO:
+    return lzma.open(path, "wb", preset=9) if compress else open(path, "wb")
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -58,12 +76,15 @@ def load_prepared(folder: Path) -> Prepared:
         raise UserError(f"{folder / INDEX}: not the index of a prepared text")
     tokens = {}
     for split, wanted in splits.items():
-        file = folder / f"{split}.npy"
+        file, packed = folder / f"{split}.npy", folder / f"{split}.npy.xz"
+        if packed.exists() and not file.exists():
+            file = packed
         try:
-            tokens[split] = np.load(file, allow_pickle=False)
+            with (lzma.open if file is packed else open)(file, "rb") as array:
+                tokens[split] = np.load(array, allow_pickle=False)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({os_reason(error)})") from error
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, lzma.LZMAError) as error:
             raise UserError(f"{file}: not a readable array, cut short or damaged ({one_line(error)})") from error
         if fingerprint(tokens[split]) != wanted:
             raise UserError(f"{file}: not the tokens that {INDEX} tells of; prepare the text again")

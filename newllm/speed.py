@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +26,17 @@ def training_flops_per_token(config: ModelConfig, segment: int) -> float:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         build_model(config).eval()(torch.zeros(1, steps, dtype=torch.int64))
     return 3 * counter.get_total_flops() / steps
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls the GPU, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -40,6 +41,7 @@ class Tokenizer:
         self.vocab_size: int = inner.get_vocab_size()
         self.eos_id: int = inner.token_to_id(EOS)
         self._bytes = [self._bytes_of(inner.id_to_token(index)) for index in range(self.vocab_size)]
+        self.byte_counts = np.array([len(token) for token in self._bytes])  # (V,) int64, of the decoded text
 
     def _bytes_of(self, token: str | None) -> bytes:
         if token is None:

@@ -35,6 +35,8 @@ from newllm.run import Run
 from newllm.speed import peak_flops, training_flops_per_token
 from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
 from newllm.weights import Weights
+from newllm_kernels import record_seams
+from newllm_kernels.context_scan.seams import Seams
 
 
 @contextmanager
@@ -90,6 +92,8 @@ class Trainer:
         self._saved_at: int | None = None
         self.best_loss = math.inf
         self.seconds = 0.0  # of training, without evaluation and saving
+        self._full = model.architecture != "transformer" and model.coupling == "full"
+        self._seams: list[Seams] = []  # of full cells, since the last log
         self._offset = torch.zeros((), dtype=torch.int64, device=self.device)  # of the segment, for a graph to read
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._tokens, self._logged_at = 0, 0.0
@@ -109,7 +113,9 @@ class Trainer:
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         config = self.config
         self.weights.computing.train()
-        with catching_signals() as caught, bar:
+        # How full cells go through time; calls inside CUDA graphs go in order and tell nothing.
+        watching = record_seams() if self._full else nullcontext([])
+        with catching_signals() as caught, bar, watching as self._seams:
             while self.step < end and not caught and time.monotonic() < deadline:
                 started = time.perf_counter()
                 due = False
@@ -204,6 +210,9 @@ class Trainer:
             "tokens_per_s": round(tokens_per_s, 1),
             "elapsed_s": round(self.seconds, 3),
         }
+        if self._full:
+            record |= passes(self._seams)
+            self._seams.clear()
         if self._utilisation is not None:
             record["mfu"] = round(self._utilisation * tokens_per_s, 4)  # of the GPU's matrix products
         self.run.append_metrics(record)
@@ -213,10 +222,15 @@ class Trainer:
 
     def _evaluate(self, bar: tqdm) -> None:
         self._check_finite()
+        before = len(self._seams)
         model = self.weights.evaluated(self.step)
         with self.uncompiled():
             score = evaluate(model, self.valid, limit=self.config.eval_tokens)
-        self.run.append_metrics({"step": self.step, "valid_loss": score.loss, "valid_perplexity": score.perplexity})
+        record = {"step": self.step, "valid_loss": score.loss, "valid_perplexity": score.perplexity}
+        if self._full:
+            record |= {f"valid_{name}": value for name, value in passes(self._seams[before:]).items()}
+            del self._seams[before:]
+        self.run.append_metrics(record)
         line = f"step {self.step:>6}  validation loss {score.loss:.4f}  perplexity {score.perplexity:,.2f}"
         if score.loss < self.best_loss:
             line += "  (best)"
@@ -292,6 +306,15 @@ class Trainer:
 
     def _average_tensors(self) -> checkpoint.Tensors:
         return {} if self.weights.average is None else checkpoint.model_tensors(self.weights.average)
+
+
+def passes(seams: list[Seams]) -> dict[str, float]:
+    """Of full cells: the most passes over chunks of time that a call took, forward or backward (1: in order of time, as inside
+    CUDA graphs, which tell nothing), and the largest mismatch left at a seam."""
+    return {
+        "passes": max((one.passes for one in seams), default=1),
+        "seam_mismatch": max((one.mismatch for one in seams), default=0.0),
+    }
 
 
 def compile_layers(model: LanguageModel) -> None:

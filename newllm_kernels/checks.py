@@ -20,10 +20,11 @@ def tensor(name: str, value: object, letters: str | None) -> Tensor:
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor {shape_of(letters)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
-    if value.dim() != len(letters) if letters else value.dim() == 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {shape_of(letters)}")
-    if value.shape[-1] == 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a last dimension of at least 1")
+    shape = value.shape  # every look at an attribute of a tensor costs a tenth of a microsecond
+    if len(shape) != len(letters) if letters else not shape:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, wanted {shape_of(letters)}")
+    if shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, wanted a last dimension of at least 1")
     return value
 
 
@@ -35,7 +36,7 @@ def shape_of(letters: str | None) -> str:
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """`value` has the shape, dtype and device of `other`."""
-    if isinstance(value, Tensor) and value.shape == other.shape and value.dtype == other.dtype:
+    if isinstance(value, Tensor) and value.dtype is other.dtype and value.shape == other.shape:
         if value.device == other.device:
             return
         raise ValueError(f"{name}: got device {value.device}, wanted {other.device}, that of {other_name}")
@@ -81,8 +82,8 @@ def affine(name: str, value: Tensor | None, width: int, beside_name: str, beside
     """A LayerNorm parameter (D,), of any supported dtype, whatever that of `beside`."""
     if value is None:
         return None
-    tensor(name, value, "D")
-    if value.shape[0] != width:
+    if not (isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == (width,)):
+        tensor(name, value, "D")
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, wanted ({width},), the last dimension of {beside_name}"
         )

@@ -69,7 +69,9 @@ class ContextLayer(nn.Module):
             state = self._step(z[:, 0], state)
             return state[:, None].to(z.dtype), state
         gates, norm = self.gates, self.norm
-        with self.solver.way(z, state.shape[1], 0 if gates is None else gates.in_features) as way:
+        H = 0 if gates is None else gates.in_features
+        layers = (gates is not None) + (0 if self.hidden_weight is None else len(self.hidden_weight))
+        with self.solver.way(z, state.shape[1], H, layers, self.norm_kind) as way:
             return recurrent_context(
                 z, self.context_weight, state, self.hidden_weight, self.hidden_bias,
                 None if gates is None else gates.weight, None if gates is None else gates.bias,
@@ -121,8 +123,9 @@ class ContextRNN(nn.Module):
         batch_first: whether x and output are (N, T, ...) instead of (T, N, ...).
         dropout: on the contexts that a layer hands to the next, in training.
         solver: "sequential", all steps in order of time; "chunked", `chunks` pieces of time side by side in passes until they
-            meet; "auto", whichever is predicted to be faster from the passes seen so far (few, long sequences on a GPU).
-        chunks: for "chunked"; None: as many as the device computes at once.
+            meet; "auto", whichever is predicted to be faster from the passes seen so far (few, long sequences on a GPU; inside a
+            CUDA graph's capture and torch.compile always in order).
+        chunks: for "chunked"; None: as many as are predicted to be fastest.
         tolerance, passes: when chunks have met, and how many passes there are at most; see `recurrent_context`.
 
     Shapes:

@@ -18,7 +18,7 @@ inline int64_t decode_x_bytes(int64_t B, int64_t K, int64_t element) {
   return B * x_row_bytes(stages_of(int(K), int(element)));
 }
 
-constexpr int kMostSlots = 4;  // of each line: 128 KB
+constexpr int kMostSlots = 5;  // of each line: 160 KB
 
 inline int64_t decode_shared_bytes(const DecodeShape& shape, int slots) {
   const int64_t layers = (shape.layers * int64_t(sizeof(DecodeLinear)) + 127) / 128 * 128;

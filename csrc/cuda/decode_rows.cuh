@@ -70,6 +70,14 @@ struct NormQuad {
   __device__ __forceinline__ float bias(int j) const { return to_float(reinterpret_cast<const W*>(raw)[4 + j]); }
 };
 
+template <class W>
+__device__ __forceinline__ void load_norms(NormQuad<W> (&norms)[kHeld], const void* norm, int k, int step, int K) {
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    if (k + h * step < K) norms[h].load(norm, k + h * step);
+  }
+}
+
 // Fills shared memory with p(x). A row is shared out over as few warps as can hold it, for each executes all of this.
 // Passes over a row: mean, squares, result; a row that the threads can hold is read once, with all that the result
 // needs.
@@ -88,6 +96,8 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
   const int stages = stages_of(K, sizeof(W)), padded = stages * (kStageRowBytes / int(sizeof(W)));
   const int first_pass = normalize ? 0 : 2;
   const bool waits = from.storage == DecodeStorage::kWords || from.storage == DecodeStorage::kPairs;
+  NormQuad<W> norms[kHeld];
+  if (norm && fits) load_norms(norms, norm, first * 4, step, K);  // while x is waited for
 #pragma unroll 1
   for (int base = 0; base < B; base += kDecodeWarps >> log_warps) {  // more than once only with a warp a row
     const int b = base + (threadIdx.x / 32 >> log_warps);
@@ -98,7 +108,6 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
     Moments own{0, 0, 0};
     float mean = 0, rstd = 1;
     Quads x, times;
-    NormQuad<W> norms[kHeld];
 #pragma unroll 1
     for (int pass = first_pass; pass < 3; ++pass) {
       float sum = 0;
@@ -107,12 +116,7 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
 #pragma unroll 1
       for (int k = first * 4; real && k < K; k += kHeld * step) {
         if (pass == first_pass || !fits) {
-          if (norm && (fits || pass == 2)) {
-#pragma unroll
-            for (int h = 0; h < kHeld; ++h) {
-              if (k + h * step < K) norms[h].load(norm, k + h * step);
-            }
-          }
+          if (norm && !fits && pass == 2) load_norms(norms, norm, k, step, K);
           load_quads<W>(from, row, launch, k, step, K, x);
           if (factor.data && (fits || pass == 2)) load_quads<W>(factor, b, launch, k, step, K, times);
         }
@@ -235,12 +239,17 @@ struct Output {
       if (layer.addend.data) z += addend(layer, launch);
       const int step = B * kUnitRows;
       const float* sums = partial + unit * kDecodeWarps * step + b * kUnitRows + n;
-      line += unit * stages;
-#pragma unroll 1
-      for (int k = 0; k < min(stages, kLines); ++k) {
-        const float* of_line = sums + (line + k) % kLines * kWarpsOfLine * step;
-        for (int warp = 0; warp < kWarpsOfLine; ++warp) z += of_line[warp * step];
+      float of_warp[kDecodeWarps];
+#pragma unroll
+      for (int warp = 0; warp < kDecodeWarps; ++warp) {
+        const bool there = ((warp / kWarpsOfLine - line - unit * stages) & (kLines - 1)) < stages;
+        of_warp[warp] = there ? sums[warp * step] : 0.0f;
       }
+#pragma unroll
+      for (int width = kDecodeWarps / 2; width > 0; width /= 2) {
+        for (int warp = 0; warp < width; ++warp) of_warp[warp] += of_warp[warp + width];
+      }
+      z += of_warp[0];
     }
     const int columns = 1 << unit_shift(layer.parts), lane = threadIdx.x % 32, own = (lane & ~7) + (n & (columns - 1));
     float y = z;

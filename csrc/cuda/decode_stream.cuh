@@ -162,20 +162,22 @@ __host__ __device__ __forceinline__ int x_row_bytes(int stages) { return stages 
 // columns of B. Which k is called which is free as long as both agree: a lane's 16 bytes are its k of two tiles.
 template <class W, int kRows>
 struct UnitSum {
-  float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+  float sums[4][4] = {};  // of every other tile of a lane's two: no product waits for the one before
 
-  // x: at this piece and this lane's 16 bytes of the first chunk.
+  // x: at this piece and this lane's 16 bytes of the first chunk. Rows past B are not there: what comes of them is not
+  // kept, so they are read as the last one, without a branch around the load.
   __device__ __forceinline__ void add(const uint4* slots, const char* x, int stride, int B) {
     const int row = threadIdx.x % 32 / 4;
-    const char* mine = x + row * stride;
+    const char* low_row = x + min(row, B - 1) * stride;
+    const char* high_row = x + min(row + 8, B - 1) * stride;
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
       const uint4 w = slots[32 * k];
-      uint4 low = make_uint4(0, 0, 0, 0), high = low;
-      if (row < B) low = *reinterpret_cast<const uint4*>(mine + 64 * k);
-      if (kRows > 8 && row + 8 < B) high = *reinterpret_cast<const uint4*>(mine + 8 * stride + 64 * k);
-      multiply_tile(even, low.x, high.x, low.y, high.y, w.x, w.y, W{});
-      multiply_tile(odd, low.z, high.z, low.w, high.w, w.z, w.w, W{});
+      const uint4 low = *reinterpret_cast<const uint4*>(low_row + 64 * k);
+      uint4 high = make_uint4(0, 0, 0, 0);
+      if (kRows > 8) high = *reinterpret_cast<const uint4*>(high_row + 64 * k);
+      multiply_tile(sums[k % 2], low.x, high.x, low.y, high.y, w.x, w.y, W{});
+      multiply_tile(sums[2 + k % 2], low.z, high.z, low.w, high.w, w.z, w.w, W{});
     }
   }
 
@@ -183,9 +185,12 @@ struct UnitSum {
   __device__ __forceinline__ void store(float* partial, int B) {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     float2* to = reinterpret_cast<float2*>(partial + row * kUnitRows + column);
-    if (row < B) to[0] = make_float2(even[0] + odd[0], even[1] + odd[1]);
-    if (kRows > 8 && row + 8 < B) to[8 * kUnitRows / 2] = make_float2(even[2] + odd[2], even[3] + odd[3]);
+    if (row < B) to[0] = make_float2(total(0), total(1));
+    if (kRows > 8 && row + 8 < B) to[8 * kUnitRows / 2] = make_float2(total(2), total(3));
   }
+
+ private:
+  __device__ __forceinline__ float total(int k) const { return (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]); }
 };
 
 template <int kRows>

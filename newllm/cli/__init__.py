@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a text half-way
     try:
         args = build_parser().parse_args(argv)
+        args.typed = shlex.join(["newllm", *(sys.argv[1:] if argv is None else argv)])  # what a run folder keeps
         return args.command(args)
     except SystemExit as stop:  # argparse: --help, --version, errors of usage
         return int(stop.code or 0)

@@ -30,18 +30,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> Run:
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"--minutes: got {args.minutes}, wanted a number above 0")
+    if args.minutes is not None and hasattr(args, "steps"):
+        raise UserError("--minutes and --steps both say how long to train; give one of them")
     apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     compare.check(model)  # before the data is read
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
-    compare.prepare(folder, model, config, data_settings(args, model))
+    compare.prepare(folder, model, config, data_settings(args, model), args.typed, args.minutes)
     return folder
 
 
 def _interrupted(args: argparse.Namespace) -> Run:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields if hasattr(args, field))
-    if refused := refused + (["config"] if args.config is not None else []):
+    refused += [field for field in ("config", "minutes") if getattr(args, field) is not None]
+    if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")
     named = runs_root() / args.resume

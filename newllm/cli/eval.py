@@ -12,7 +12,7 @@ from newllm.cli.settings import device_settings
 from newllm.cli.train import shown
 from newllm.dynamic import dynamic_losses
 from newllm.errors import UserError
-from newllm.evaluation import by_position, document_starts, perplexity, token_losses, unigram_score
+from newllm.evaluation import bits_per_byte, by_position, document_starts, perplexity, token_losses, unigram_score
 from newllm.prepare import prepare_data, run_data, training_config
 from newllm.run import Run, find_run
 from newllm.tokenizer import Tokenizer
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for name, tokens in _texts(args, folder, tokenizer).items():
         losses = token_losses(model, tokens, progress=f"evaluating on {name}")
-        results[name] = _figures(losses) | {"unigram_perplexity": unigram_score(counts, tokens).perplexity}
+        results[name] = _figures(losses)
+        results[name] |= {"bits_per_byte": bits_per_byte(results[name]["loss"], tokens, tokenizer)}
+        results[name] |= {"unigram_perplexity": unigram_score(counts, tokens).perplexity}
         if args.by_position:
             results[name]["by_position"] = by_position(losses, document_starts(tokens, tokenizer))
         if args.dynamic:

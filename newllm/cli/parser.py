@@ -130,6 +130,7 @@ def build_parser() -> Parser:
     _prepare_options(add("prepare", "tokenise a text once for many runs", PREPARE_TEXT))
     _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
     _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
+    _judge_options(add("judge", "measure what models write, beside human text", JUDGE_TEXT))
     _diagnose_options(add("diagnose", "what the contexts of a trained model do", DIAGNOSE_TEXT))
     _compare_options(add("compare", "New-LLM against a Transformer of its size", COMPARE_TEXT))
     return parser
@@ -156,6 +157,11 @@ FIXPOINT_TEXT = (
     "train --init starts from. With no options: preset classic on the vocabulary of the built-in text."
 )
 GENERATE_TEXT = "Write on from a prompt with a run's best checkpoint, at constant memory however long the text."
+JUDGE_TEXT = (
+    "Let runs write on from the same held-out prompts at fixed seeds, and print their texts side by side and one table: variety, "
+    "repetition, how long names keep being mentioned, faults of grammar, and perplexity of every text to every model, beside the "
+    "same figures of the text that people wrote there. All samples go into judge.md and judge.json."
+)
 COMPARE_TEXT = (
     "Train New-LLM and a Transformer with the same number of parameters on the same data for the same steps, and print one "
     "table: perplexity, tokens/s, peak memory, state at generation."
@@ -192,11 +198,18 @@ def _fixpoint_options(parser: Parser) -> None:
 
 def _compare_options(parser: Parser) -> None:
     parser.add_argument("--resume", metavar="PATH", help="go on with a comparison that was interrupted (a folder)")
+    parser.add_argument("--minutes", type=float, metavar="X", help="train each for X minutes instead of for the same steps; its own "
+                        "first steps tell how many that are")  # fmt: skip
     _new_run_options(parser)
 
 
 def _prepare_options(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="keep the first documents (word: lines) of the training text, "
+                        "at most N tokens")  # fmt: skip
+    parser.add_argument(
+        "--compress", action="store_true", help="pack the tokens with xz: half the bytes, slower to read"
+    )
     _data_options(parser.add_argument_group("data"))
 
 
@@ -299,6 +312,28 @@ def _generate_options(parser: Parser) -> None:
         "--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
         help="on a GPU, capture the step in a CUDA graph (default)",
     )  # fmt: skip
+    _run_options(parser)
+
+
+def _judge_options(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="runs with one tokenizer, or the folder of a comparison "
+                        "(default: latest)")  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), help="text of the prompts (default: test, else valid)"
+    )
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="texts of each run (default: 16)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of a prompt (default: 32)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of a text (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest tokens that make up X only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first text (default: 0)")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
+    parser.add_argument(
+        "--grammar", action=argparse.BooleanOptionalAction,
+        help='count faults of grammar (default: where the extra "judge" is installed)',
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="where judge.md and judge.json go (default: the first run)")
     _run_options(parser)
 
 

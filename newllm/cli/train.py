@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from newllm import checkpoint, plots
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
 from newllm.errors import UserError, typed_path
-from newllm.evaluation import evaluate, peak_memory, unigram_score
+from newllm.evaluation import bits_per_byte, evaluate, peak_memory, unigram_score
 from newllm.prepare import Data, new_trainer, resumed_trainer
 from newllm.prepared import is_prepared
 from newllm.recipe import apply_recipe
 from newllm.run import find_run, new_run
+from newllm.speed import device_name
 from newllm.training import Trainer
 
 NEW_RUN_FIELDS = {"data", "text_field", "tokenizer", "vocab_size", "run", "out", "preset"}
@@ -56,7 +60,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
     model, config = model_settings(args, base), training_settings(args)
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
-    trainer = new_trainer(folder, model, config, data, init)
+    trainer = new_trainer(folder, model, config, data, init, args.typed)
     describe(trainer, data)
     return trainer, data
 
@@ -110,12 +114,16 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
             unigram = unigram_score(counts, data.tokens[split])
             summary[split] = {
                 "tokens": score.tokens, "loss": score.loss, "perplexity": score.perplexity,
+                "bits_per_byte": bits_per_byte(score.loss, data.tokens[split], data.tokenizer),
                 "unigram_perplexity": unigram.perplexity,
             }  # fmt: skip
     summary["parameters"] = trainer.model.num_parameters()
     summary["seconds"] = round(trainer.seconds, 3)
     summary["tokens_per_s"] = round(trainer.tokens / max(trainer.seconds, 1e-9), 1)
     summary["peak_memory_bytes"] = peak
+    summary["device"] = device_name(trainer.device)
+    summary["torch"] = torch.__version__
+    summary["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     checkpoint.write_json(folder.summary_file, summary)
     return summary
 

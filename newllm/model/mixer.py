@@ -33,6 +33,7 @@ from newllm_kernels import (
     gated_scan_packed,
     recurrent_context,
 )
+from newllm_kernels.recurrent_context.solver import Solver
 
 
 class ContextCell(nn.Module):
@@ -48,6 +49,7 @@ class ContextCell(nn.Module):
         self.coupling, self.hops, self.norm_kind, self.clamp = config.coupling, config.hops, config.norm, config.clamp
         self.activation_name, self.activation = config.activation, ACTIVATION[config.activation]
         self.recurrent_dropout = config.recurrent_dropout
+        self.solver = Solver("auto")  # of coupling="full" on a GPU
 
         first_width = H if config.fnn_layers else 3 * D
         self.from_x = nn.Linear(E, first_width)
@@ -112,8 +114,7 @@ class ContextCell(nn.Module):
         """
         reading = self.reading_weight() if reading is None else reading
         if self.coupling == "full":
-            step_by_step = from_x.shape[1] == 1  # cheaper than a kernel that gets its weights ready for many steps
-            contexts, last = (self._one_step if step_by_step else self.full)(from_x, state[:, 0], reading)
+            contexts, last = self._in_time(from_x, state[:, 0], reading)
             return contexts, last[:, None]
 
         z, ends = self._up_to_the_last_hop(from_x, state, reading)
@@ -140,6 +141,17 @@ class ContextCell(nn.Module):
             ends.append(end)
             z = self.with_context(from_x, shift(contexts, state[:, k]), reading)
         return z, ends
+
+    def _in_time(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """Of coupling="full", from_x (B, T, Z): step by step, or in whichever way through time is faster on this GPU."""
+        if from_x.shape[1] == 1:  # cheaper than a kernel that gets its weights ready for many steps
+            return self._one_step(from_x, c, reading)
+        if not from_x.is_cuda:  # a resumed run walks through the same losses, whatever was seen before
+            return self.full(from_x, c, reading)
+        H = 0 if self.to_gates is None else self.to_gates.in_features
+        layers = (self.to_gates is not None) + len(self.hidden_layers)
+        with self.solver.way(from_x, c.shape[1], H, layers, self.norm_kind) as way:
+            return self.full(from_x, c, reading, **way)
 
     def _one_step(self, from_x: Tensor, c: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
         """Of coupling="full", from_x (B, 1, Z): generation."""

@@ -67,15 +67,17 @@ def gated_scan_packed(
 def _checked(
     f: Tensor, i: Tensor | None, d: Tensor | None, c0: Tensor | None, cu_seqlens: Tensor | None, name: str, width: int
 ) -> tuple[Tensor, Tensor]:
-    cu_seqlens, sequences = checks.cu_seqlens(cu_seqlens, name, f)
-    c0 = checks.state("c0", c0, (sequences, width), name, f)
+    if c0 is not None or cu_seqlens is not None:
+        cu_seqlens, sequences = checks.cu_seqlens(cu_seqlens, name, f)
+        c0 = checks.state("c0", c0, (sequences, width), name, f)
     return _gated_scan(f, i, d, c0, cu_seqlens)
 
 
 def _kernel(
     f: Tensor, i: Tensor | None, d: Tensor | None, c0: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    checks.cu_seqlens_values(cu_seqlens, f.shape[1])
+    if cu_seqlens is not None:
+        checks.cu_seqlens_values(cu_seqlens, f.shape[1])
     return backends.select("gated_scan", f, gates.gate_width(f, i)).forward(f, i, d, c0, cu_seqlens)
 
 

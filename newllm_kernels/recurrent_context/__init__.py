@@ -13,7 +13,7 @@ from newllm_kernels.native import Verdict
 from newllm_kernels.numerics import acc_dtype
 from newllm_kernels.operator import define
 from newllm_kernels.recurrent_context import chunks as in_chunks
-from newllm_kernels.recurrent_context import products, reference
+from newllm_kernels.recurrent_context import costs, products, reference
 
 
 def recurrent_context(
@@ -111,8 +111,11 @@ def recurrent_context(
     eps, clamp = checks.eps(eps), checks.clamp(clamp)
     kinds = checks.choice("activation", activation, reference.ACTIVATIONS), checks.choice("norm", norm, reference.NORMS)
     way = checks.count("chunks", chunks), *_seam(tolerance, z), checks.count("passes", passes)
-    # On a CPU products cost more than memory: what the backward needs is kept. A GPU computes it again in no time.
-    save = z.device.type == "cpu" and torch.is_grad_enabled()
+    # On a CPU products cost more than memory, and fused steps have pre-activations in hand: these are kept for the backward.
+    # The persistent kernel keeps none; a GPU computes them again in no time.
+    save = torch.is_grad_enabled() and (
+        z.device.type == "cpu" or _select(z, c0, hidden_weight, gate_weight, kinds[1], way[0]).backend != "cuda"
+    )
     weights = (context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias)
     return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save, *way)[:2]
 
@@ -131,30 +134,49 @@ class Cell(NamedTuple):
     H: int  # 0 where there is no hidden layer
     layers: int
     norm: str | None
+    rows: int  # that go through time side by side
 
 
-def _select(z, c0, hidden_weight, gate_weight, norm):
+def _cell(z: Tensor, hidden_weight: Tensor | None, gate_weight: Tensor | None, norm: str | None, chunks: int) -> Cell:
     H = 0 if gate_weight is None else gate_weight.shape[1]
     layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
-    return backends.select("recurrent_context", z, c0.shape[1], Cell(H, layers, reference.NORMS[norm]))
+    return Cell(H, layers, norm, z.shape[0] * (chunks if in_chunks.Plan(chunks, 0.0, 1).applies(z.shape[1]) else 1))
+
+
+def _select(z, c0, hidden_weight, gate_weight, norm, chunks):
+    # Who is fastest depends on the rows on a GPU alone; elsewhere a new batch size would only be looked up anew.
+    cell = _cell(z, hidden_weight, gate_weight, reference.NORMS[norm], chunks)
+    cell = cell if z.is_cuda else cell._replace(rows=1)
+    return backends.select("recurrent_context", z, c0.shape[1], cell)
+
+
+def predicted(z: Tensor, D: int, cell: Cell) -> costs.Step:
+    """What a step costs on a GPU, by whoever `select` chooses."""
+    backend = backends.select("recurrent_context", z, D, cell).backend
+    if backend == "cuda":
+        return costs.persistent(D, cell.H, cell.rows, z.device.index)
+    return costs.steps(D, cell.H, cell.layers, cell.rows) if backend == "triton" else costs.REFERENCE
 
 
 def _described(
     z, context_weight=None, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs
 ):
-    H = 0 if gate_weight is None else gate_weight.shape[1]
-    layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
     D = z.shape[-1] if context_weight is None else context_weight.shape[1]
-    return z, D, Cell(H, layers, kwargs.get("norm", "state"))
+    return z, D, _cell(z, hidden_weight, gate_weight, kwargs.get("norm", "state"), kwargs.get("chunks", 1))
 
 
 def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
             activation, norm, save, chunks, tolerance, passes):  # fmt: skip
-    kernel = _select(z, c0, hidden_weight, gate_weight, norm).forward
+    chosen = _select(z, c0, hidden_weight, gate_weight, norm, chunks)
+    kernel = chosen.forward
     weights = (
         context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp, activation, norm
     )  # fmt: skip
     plan = in_chunks.Plan(chunks, tolerance, passes)
+    if save and chosen.backend == "cuda":  # a compiled call was traced where another backend was chosen
+        raise backends.BackendError(
+            "recurrent_context: was compiled for a backend that keeps pre-activations, and 'cuda' keeps none; compile it anew"
+        )
     if plan.applies(z.shape[1]) and len(z):
         return in_chunks.forward(kernel, z, c0, weights, save, _width_of_pre(c0, hidden_weight, gate_weight), plan)
     seams.report("forward", z.shape[1])
@@ -175,7 +197,7 @@ def _fake(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_b
 
 def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
                      gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
-    kernel = _select(z, c0, hidden_weight, gate_weight, norm).backward
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm, chunks).backward
     acc_weight, acc_bias = (None if x is None else x.to(c0.dtype) for x in (weight, bias))
     context_read = products.contexts_read(c, c0, acc_weight, acc_bias, eps, clamp, norm)
     if not saved:
@@ -263,7 +285,7 @@ def _supports_cuda(call: backends.Call) -> Verdict:
     verdict = backends.supports_cuda(call)
     if not verdict.ok:
         return verdict
-    D, (H, layers, norm) = call.width, call.detail
+    D, (H, layers, norm, rows) = call.width, call.detail
     if call.dtype == torch.float32:
         return Verdict(False, "multiplies 16-bit numbers: bfloat16 or float16, got torch.float32")
     if layers != 1 or norm != "state":
@@ -279,8 +301,31 @@ def _supports_cuda(call: backends.Call) -> Verdict:
             "H=1536 do)",
         )
     how = f"a cluster of {-team} blocks" if team < 0 else f"{team} blocks"
-    return Verdict(True, f"CUDA C++, {how} for 16 rows, {torch.cuda.get_device_name(call.device)}")
+    cost = costs.persistent(D, H, rows, call.device.index)
+    return Verdict(True, f"CUDA C++, {how} for 16 rows, {cost} for {rows} rows")
 
 
-backends.register("recurrent_context", backends.native_implementation("recurrent_context", "cuda", _supports_cuda))
+def _rank_of_cuda(call: backends.Call) -> int:
+    H, layers, _, rows = call.detail
+    ours = costs.persistent(call.width, H, rows, call.device.index)
+    return 2 if ours.both < costs.steps(call.width, H, layers, rows).both else 0
+
+
+def _supports_steps(call: backends.Call) -> Verdict:
+    verdict = backends.supports_triton(call)
+    if not verdict.ok or call.device.type != "cuda":
+        return verdict
+    H, layers, _, rows = call.detail
+    if call.width > 16384:
+        return Verdict(False, f"takes D up to 16384, got {call.width}")
+    cost = costs.steps(call.width, H, layers, rows)
+    return Verdict(True, f"{verdict.reason}, fused steps between products of cuBLAS, {cost} for {rows} rows")
+
+
+backends.register(
+    "recurrent_context", backends.native_implementation("recurrent_context", "cuda", _supports_cuda, _rank_of_cuda)
+)
+backends.register(
+    "recurrent_context", backends.triton_implementation("recurrent_context", None, _supports_steps, lambda call: 1)
+)
 backends.register_detail("recurrent_context", _described)

@@ -89,11 +89,13 @@ def forward(
     pre_chunks = pre[:, :body].unflatten(1, (K, C)) if save else None
 
     def run(which: Tensor | None, starts: Tensor) -> tuple[Tensor, Tensor]:
-        got, end, got_pre, decay = kernel(rows if which is None else rows[which], starts, *weights, save, True)
-        _put(c_chunks, which, got)
+        count = len(starts)
+        more, starts = _padded(which, starts, B * K)
+        got, end, got_pre, decay = kernel(rows if more is None else rows[more], starts, *weights, save, True)
+        _put(c_chunks, which, got[:count])
         if save:
-            _put(pre_chunks, which, got_pre)
-        return end, decay
+            _put(pre_chunks, which, got_pre[:count])
+        return end[:count], decay[:count]
 
     ends, (passes, mismatch), rest = solve(run, c0, c0, plan)
     begin, end = (body, ends[:, -1]) if rest is None else (rest[0] * C, rest[1])
@@ -138,13 +140,15 @@ def backward(
     pre_chunks, hidden_chunks = (x[:, :body].unflatten(1, (K, C)) for x in (grad_pre, hidden))
 
     def run(which: Tensor | None, starts: Tensor) -> tuple[Tensor, Tensor]:
-        outside, pre_, c_ = (x if x is None or which is None else x[which] for x in inputs)
-        start = before if which is None else before[which]
+        count = len(starts)
+        more, starts = _padded(which, starts, B * K)
+        outside, pre_, c_ = (x if x is None or more is None else x[more] for x in inputs)
+        start = before if more is None else before[more]
         got, got_hidden, end, got_norm, decay = kernel(outside, starts, pre_, c_, start, *weights, True)
-        _put(pre_chunks, which, got, backwards=True)
-        _put(hidden_chunks, which, got_hidden, backwards=True)
-        _put(grad_norm, which, got_norm)
-        return end, decay
+        _put(pre_chunks, which, got[:count], backwards=True)
+        _put(hidden_chunks, which, got_hidden[:count], backwards=True)
+        _put(grad_norm, which, got_norm[:count])
+        return end[:count], decay[:count]
 
     ends, (passes, mismatch), rest = solve(run, grad, torch.zeros_like(grad), plan)
     end = ends[:, -1]
@@ -158,6 +162,19 @@ def backward(
         grad_norm = torch.cat((grad_norm[:, :first], of_rest[:, None]), dim=1)
     seams.report_known("backward", C, K, passes, mismatch, rest is not None)
     return grad_pre, hidden, end.contiguous(), grad_norm.sum(dim=1) + norm_of_tail
+
+
+def _padded(which: Tensor | None, starts: Tensor, whole: int) -> tuple[Tensor | None, Tensor]:
+    """On a GPU: chunks to compute again and their starts (n, D), some of them several times, so that there are `whole` or a half, a
+    quarter ... of it. Rows beside others cost little there, and a new number of them a CUDA graph of its own (replay.py)."""
+    count = len(starts)
+    size = whole
+    while size % 2 == 0 and size // 2 >= count:
+        size //= 2
+    if which is None or not starts.is_cuda or size == count:
+        return which, starts
+    again = torch.arange(size, device=starts.device) % count
+    return which[again], starts[again]
 
 
 def _put(target: Tensor, which: Tensor | None, rows: Tensor, backwards: bool = False) -> None:

@@ -72,7 +72,7 @@ def gradients(
         return left.to(dtype).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)
 
     def rows(grad: Tensor) -> Tensor:
-        return grad.to(acc_dtype(grad.dtype)).sum(dim=(0, 1))
+        return grad.sum(dim=(0, 1), dtype=acc_dtype(grad.dtype))
 
     of_hidden, of_hidden_bias, of_gates, of_gates_bias = (grad_pre.new_empty(0) for _ in range(4))
     if gate_weight is not None:

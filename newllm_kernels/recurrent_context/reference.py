@@ -52,6 +52,16 @@ def read(c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, clam
     return affine(normalise(c, eps)[0], weight, bias).clamp(-clamp, clamp)
 
 
+def read_backward(
+    grad: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, clamp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where norm is "output": the gradient of c from that of what was read of it, and of every row those of weight and bias."""
+    xhat, _, rstd = normalise(c, eps)
+    y = affine(xhat, weight, bias)
+    grad = grad.masked_fill((y > clamp) | (y < -clamp), 0)
+    return grad_normalise(grad if weight is None else grad * weight, xhat, rstd), grad * xhat, grad
+
+
 def _layers(hidden_weight: Tensor | None, gate_weight: Tensor | None) -> int:
     return (0 if gate_weight is None else 1) + (0 if hidden_weight is None else hidden_weight.shape[0])
 
@@ -165,11 +175,8 @@ def recurrent_context_backward(
         grad_pre[:, t] = torch.cat(grads, dim=-1)
         dr = grads[0] @ W_c
         if NORMS[norm] == "output":
-            xhat, _, rstd = normalise(before, eps)
-            y = affine(xhat, weight, bias)
-            dr = dr.masked_fill((y > clamp) | (y < -clamp), 0)
-            grad_norm = grad_norm + torch.stack((dr * xhat, dr), dim=1)
-            dr = grad_normalise(dr if weight is None else dr * weight, xhat, rstd)
+            dr, *of_norm = read_backward(dr, before, weight, bias, eps, clamp)
+            grad_norm = grad_norm + torch.stack(of_norm, dim=1)
         carry = carry + dr
         if decay:
             u = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(d)

@@ -41,15 +41,17 @@ def scan(
     """
     checks.tensor("a", a, "BTD")
     checks.like("b", b, "a", a)
-    cu_seqlens, sequences = checks.cu_seqlens(cu_seqlens, "a", a)
-    h0 = checks.state("h0", h0, (sequences, a.shape[2]), "a", a)
+    if h0 is not None or cu_seqlens is not None:
+        cu_seqlens, sequences = checks.cu_seqlens(cu_seqlens, "a", a)
+        h0 = checks.state("h0", h0, (sequences, a.shape[2]), "a", a)
     if not isinstance(reverse, bool):
         raise TypeError(f"reverse: got {type(reverse).__name__}, wanted True or False")
     return _scan(a, b, h0, reverse, cu_seqlens)
 
 
 def _kernel(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    checks.cu_seqlens_values(cu_seqlens, a.shape[1])
+    if cu_seqlens is not None:
+        checks.cu_seqlens_values(cu_seqlens, a.shape[1])
     return backends.select("scan", a, a.shape[2]).forward(a, b, h0, reverse, cu_seqlens)
 
 

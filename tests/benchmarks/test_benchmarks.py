@@ -19,6 +19,7 @@ import generation_speed
 import harness
 import operations
 import peers
+import recurrent
 import report
 import train_speed
 import word_problems
@@ -94,6 +95,24 @@ def test_report_refuses_another_file_in_one_line(tmp_path, capsys):
     path.write_text("{}")
     assert report.main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_full_cell_on_a_tiny_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recurrent, "DEVICE", "cpu")
+    monkeypatch.setattr(recurrent, "SECONDS", 0.0)
+    monkeypatch.setitem(recurrent.SHAPES, "cpu", {(2, 40, 16): {torch.float32: [(4, 1e-3)]}})
+    path = tmp_path / "recurrent.json"
+    assert recurrent.main(["--results", str(path)]) == 0
+    rows = json.loads(path.read_text())["recurrent"]
+    assert {row["name"] for row in rows} == {"Python loop", "in order", "4 chunks to 0.001", "auto"}
+    assert all(row["forward_us"] > 0 and row["backward_us"] > 0 for row in rows)
+    chunks = next(row for row in rows if row["name"].startswith("4"))
+    assert chunks["difference"] < 1e-2
+    assert len(chunks["passes"]) == 2
+    printed = capsys.readouterr().out
+    assert report.main([str(path)]) == 0
+    assert printed.strip() in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_training_speed_on_a_tiny_model(tmp_path, capsys):

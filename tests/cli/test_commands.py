@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 
@@ -12,6 +13,8 @@ from cli_tools import TEXT, TINY
 
 import newllm as package
 from newllm import checkpoint
+from newllm.prepare import run_data
+from newllm.prepared import load_prepared
 from newllm.run import Run, find_run
 
 FILES = {
@@ -20,7 +23,9 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "fixpoint", "eval", "generate", "compare", "prepare", "diagnose"])
+@pytest.mark.parametrize(
+    "command", ["train", "fixpoint", "eval", "generate", "compare", "prepare", "diagnose", "judge"]
+)
 def test_help_of_every_command(newllm, command):
     code, out, err = newllm(command, "--help")
     assert (code, err) == (0, "")
@@ -32,7 +37,7 @@ def test_help_lists_the_commands_and_version_tells_it(newllm):
     out = newllm("--help").out
     assert all(
         f"\n    {command} " in out
-        for command in ("train", "fixpoint", "prepare", "eval", "generate", "diagnose", "compare")
+        for command in ("train", "fixpoint", "prepare", "eval", "generate", "judge", "diagnose", "compare")
     )
     assert newllm("--version").out == f"newllm {package.__version__}\n"
 
@@ -47,6 +52,15 @@ def test_train_prints_perplexity_run_and_the_command_that_writes(newllm, text, r
     summary = json.loads((folder / "summary.json").read_text())
     assert f"validation perplexity  {summary['valid']['perplexity']:,.2f}" in out
     assert f"unigram perplexity     {summary['valid']['unigram_perplexity']:,.2f}" in out
+    assert summary["device"]
+    assert summary["torch"] == torch.__version__
+    command = shlex.split(json.loads((folder / "config.json").read_text())["command"])
+    assert command[:4] == ["newllm", "train", "--data", text]
+    assert command[-1] == "my run"
+    tokens = run_data(find_run("my run"), find_run("my run").model_config())
+    written = len(tokens.tokenizer.decode(tokens.tokens["valid"][1:].tolist()).encode())
+    bits = summary["valid"]["loss"] * summary["valid"]["tokens"] / math.log(2)
+    assert summary["valid"]["bits_per_byte"] == pytest.approx(bits / written)
     assert "run                    runs/my run\n" in out
     # The command it ends with is one that can be pasted.
     argv = shlex.split(out.splitlines()[-1])
@@ -179,6 +193,23 @@ def test_a_prepared_text_trains_and_scores_as_the_text_itself(newllm, text, trai
     code, _, err = newllm("prepare", "--data", text, "--out", "ready")
     assert code == 2
     assert "not an empty folder" in err
+
+
+def test_prepare_keeps_whole_documents_and_packs_them(newllm, text, tmp_path):
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": f"book {n} " * 40}) + "\n" for n in range(30)))
+    options = ("--data", "books.jsonl", "--vocab-size", 280)
+    assert newllm("prepare", *options, "--out", "whole").code == 0
+    assert newllm("prepare", *options, "--max-tokens", 1000, "--compress", "--out", "part").code == 0
+    whole, part = load_prepared(tmp_path / "whole"), load_prepared(tmp_path / "part")
+    kept = part.tokens["train"]
+    assert 0 < kept.size <= 1000 < whole.tokens["train"].size
+    assert kept[-1] == whole.tokenizer.eos_id
+    assert (whole.tokens["train"][: kept.size] == kept).all()
+    assert (whole.tokens["valid"] == part.tokens["valid"]).all()
+    for wrong in (0, 5):
+        code, _, err = newllm("prepare", *options, "--max-tokens", wrong, "--out", "none")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--max-tokens" in err
 
 
 def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures(newllm, trained):

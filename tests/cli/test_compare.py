@@ -10,6 +10,7 @@ import pytest
 from cli_tools import TINY, finish, start
 
 from newllm import checkpoint, compare
+from newllm.cli import main
 from newllm.run import Run
 
 
@@ -90,6 +91,25 @@ def test_an_interrupted_comparison_saves_and_goes_on(newllm, text, tmp_path):
     assert (tmp_path / "c" / "compare.json").exists()
 
 
+def test_equal_minutes_give_each_its_own_steps(newllm, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_train", lambda run, options: main(["train", "--resume", str(run.path), *options]))
+    options = [option for option in TINY if option not in ("--steps", "20")]
+    code, _, err = newllm("compare", "--data", text, *options, "--minutes", 0.002, "--out", tmp_path / "c")
+    assert code == 0, err
+    plan = json.loads((tmp_path / "c" / compare.EQUAL_TIME).read_text())
+    for name, steps in plan["steps"].items():
+        run = Run(tmp_path / "c" / name)
+        logged = [record for record in run.metrics() if "tokens_per_s" in record]
+        second = next(record for record in logged if record["step"] == 10)  # of --log-every 5
+        assert steps == max(11, round(0.12 * second["tokens_per_s"] / 64))
+        assert (run.config()["training"]["steps"], logged[-1]["step"]) == (steps, steps)
+    assert plan["steps"].keys() == {"newllm", "transformer"}
+    for wrong in (["--minutes", 0], ["--minutes", 1, "--steps", 3], ["--resume", tmp_path / "c", "--minutes", 1]):
+        code, _, err = newllm("compare", *wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--minutes" in err
+
+
 def test_a_model_without_a_transformer_of_its_size_is_one_line(newllm, text):
     code, _, err = newllm("compare", "--data", text, *TINY, "--architecture", "transformer")
     assert code == 2
@@ -106,7 +126,7 @@ def test_only_the_folder_of_a_comparison_will_do(newllm, trained):
 
 def test_table_lines_up():
     row = {"model": "m", "parameters": 1234567, "perplexity": 12.348, "test_perplexity": 1.0, "tokens_per_s": 9876.5,
-           "peak_memory_bytes": 3 * 2**20, "state_bytes": 1536}  # fmt: skip
+           "steps": 5, "seconds": 2.0, "peak_memory_bytes": 3 * 2**20, "state_bytes": 1536}  # fmt: skip
     lines = compare.table([row, row | {"model": "a longer name"}]).splitlines()
     assert len({len(line) for line in lines}) == 1
     for shown in ("1,234,567", "12.35", "1.00", "9,876", "3 MiB", "1.5 KiB"):

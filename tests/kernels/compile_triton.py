@@ -15,7 +15,8 @@ from triton.compiler import ASTSource, compile
 
 FLOAT32 = {
     "p_h0", "p_last", "p_glast", "p_gh0", "p_pair", "p_state0", "p_start", "p_weight", "p_bias", "p_mean", "p_rstd", "p_mean_g", "p_mean_gx", "p_gweight",
-    "p_gbias", "p_out_weight", "p_out_bias", "p_c0", "p_gc0", "p_ends", "p_change",
+    "p_gbias", "p_out_weight", "p_out_bias", "p_c0", "p_gc0", "p_ends", "p_change", "p_product", "p_add", "p_state", "p_decay",
+    "p_carry", "p_norm",
 }  # fmt: skip
 POINTERS = {"p_ticket": "*i32", "p_words": "*i32", "p_cu": "*i64"}
 SCALARS = {"eps": "fp32", "clamp": "fp32", "below": "fp32", "edge": "fp32", "tolerance": "fp32"}
@@ -28,6 +29,8 @@ GRADIENTS = {"HAS_GH": True, "HAS_GLAST": True}
 AFFINE = {"HAS_WEIGHT": True, "HAS_BIAS": True}
 PASSES = AFFINE | {"PASSES": 4, "BC": 64, "MARK": True, "EXACT": False, "BD": 1024}
 NORMED = AFFINE | {"NORMED": True, "HAS_CLAMP": True}
+UPDATE = AFFINE | {"DECAY": True, "MARK": True, "EXACT": False, "BR": 1, "BD": 1024}
+AHEAD = {"HAS_Z": True, "HAS_ADD": True, "SAVE": True}
 KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("scan.triton", "_forward_stream", RECURRENCE | PIECES),
     ("scan.triton", "_backward_stream", RECURRENCE | PIECES | GRADIENTS | NORMED | {"HAS_CU": True, "CHUNKED": False}),
@@ -57,6 +60,20 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("layer_norm.triton", "_reduce", {"BP": 64, "BD": 32}),
     ("context_update.triton", "_forward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 2, "BD": 1024}),
     ("context_update.triton", "_backward", AFFINE | {"EXACT": False, "EVEN": False, "BR": 1, "BD": 1024, "STAGES": 1}),
+    *(
+        (
+            "recurrent_context.triton_kernels",
+            "hidden_forward",
+            {"HAS_Z": True, "HAS_BIAS": True, "SAVE": True, "ACT": act, "EXACT": False, "BZ": 1024},
+        )
+        for act in range(4)
+    ),
+    ("recurrent_context.triton_kernels", "hidden_backward", {"ACT": 2, "EXACT": False, "BZ": 1024}),
+    *(("recurrent_context.triton_kernels", "update_forward", UPDATE | {"NORM": norm} | AHEAD) for norm in range(3)),
+    *(
+        ("recurrent_context.triton_kernels", "update_backward", UPDATE | {"NORM": norm, "HAS_GRAD": True})
+        for norm in range(3)
+    ),
     *(("context_scan.triton", "_forward", PASSES | {"MODE": mode, "STAGES": 4}) for mode in range(4)),
     *(
         ("context_scan.triton", "_backward", PASSES | {"HAS_GC": True, "HAS_GLAST": True, "MODE": mode, "STAGES": 3})

@@ -6,7 +6,8 @@ allocate through aoti_torch_empty_strided, below it. So the poison sits in the a
     libc10     its own switch fills every CPU tensor with 0x7fedbeef: NaN in float32, NaN in every other element of 16-bit
                types, 1.7e308 in float64
     glibc      M_PERTURB fills what malloc returns with 0x7f: 3e38 in float32, so scratch rows show too
-    CUDA       NaN is written to blocks which are then freed, and the caching allocator hands them out again
+    CUDA       NaN is written to blocks which are then freed, and the caching allocator hands them out again: to the gaps
+               between tensors that are alive, and to fresh blocks of both of its pools
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 def _poison_cuda() -> None:
-    # The small pool hands out blocks up to 1 MiB, the large pool the rest.
-    blocks = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
-    blocks.append(torch.full((1 << 26,), float("nan"), device="cuda"))
+    torch.cuda.empty_cache()
+    pieces = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+    # Largest first: each then finds the gap of its own size. The small pool hands out blocks up to 1 MiB, the large pool the rest.
+    gaps = sorted((block["size"] for block in pieces if block["state"] == "inactive"), reverse=True)
+    sizes = [*gaps, 1 << 28, *[1 << 20] * 64]
+    blocks = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
     torch.cuda.synchronize()
     del blocks
 

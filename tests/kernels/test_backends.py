@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -217,6 +218,27 @@ def test_explain_agrees_with_what_runs(operation, clean_choice):
     x = torch.ones(1, 2, 3)
     chosen = re.search(r"-> (\w+)", nk.explain(operation, x)).group(1)
     assert backends.select(operation, x, 3).backend == chosen
+
+
+def test_a_large_forward_of_the_cell_is_tritons(monkeypatch, clean_choice):
+    yes = backends.Verdict(True, "a test")
+    for backend in ("cuda", "triton", "reference"):
+        implementation = backends._registry["context_update"][backend]
+        monkeypatch.setitem(
+            backends._registry["context_update"],
+            backend,
+            dataclasses.replace(implementation, supports=lambda call: yes),
+        )
+    c = torch.empty(2**14, 512, device="meta")
+    gates = torch.empty(2**14, 3 * 512, device="meta")
+    for few, many in ((1, 2**14), (2**13, 2**14)):
+        for rows, taken in ((few, "cuda"), (many, "triton")):
+            for text in (
+                nk.explain("context_update", *[c[:rows]] * 4),
+                nk.explain("context_update_packed", gates[:rows], c[:rows]),
+                nk.explain("context_update_packed", gates=gates[:rows], c=c[:rows]),
+            ):
+                assert f"-> {taken}" in text
 
 
 def test_explain_knows_every_public_function():

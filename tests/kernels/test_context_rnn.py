@@ -246,7 +246,10 @@ def test_auto_goes_by_what_it_has_seen(monkeypatch):
     """On a device that computes 128 rows in the time of one."""
     from newllm_kernels.recurrent_context import solver as module
 
-    monkeypatch.setattr(module, "at_once", lambda z, D, H: 128)
+    def filled_by(rows):
+        return lambda *_: (lambda count: -(-count // rows), 25)
+
+    monkeypatch.setattr(module, "cost_of_steps", filled_by(128))
     auto = module.Solver("auto")
     z = torch.randn(4, 1024, 3)
 
@@ -266,10 +269,24 @@ def test_auto_goes_by_what_it_has_seen(monkeypatch):
             break
     else:
         pytest.fail("never tried again")
-    monkeypatch.setattr(module, "at_once", lambda z, D, H: 4)  # the batch alone fills the device
-    assert module.Solver("auto")._choose(4, 1024, 4) == 1
-    assert module.Solver("chunked")._choose(4, 1024, 128) == 32
-    assert module.Solver("chunked", chunks=5)._choose(4, 1024, 128) == 5
+    monkeypatch.setattr(module, "cost_of_steps", filled_by(4))  # the batch alone fills the device
+    auto = module.Solver("auto")
+    assert call(2) == 1
+    full = filled_by(128)()
+    assert module.Solver("chunked")._choose(4, 1024, *full) == 32
+    assert module.Solver("chunked", chunks=5)._choose(4, 1024, *full) == 5
+
+
+def test_what_gave_up_is_not_tried_in_shorter_chunks():
+    from newllm_kernels.recurrent_context import solver as module
+
+    auto = module.Solver("auto")
+    auto.seen[32, 32] = float("inf")
+    assert auto._passes(16, 64) == float("inf")
+    assert auto._passes(64, 16) == float("inf")  # nor in slightly longer ones: every trial costs a call's time
+    assert auto._passes(128, 8) == module.GUESSED_PASSES
+    auto.seen[128, 8] = 3
+    assert auto._passes(256, 4) == 3
 
 
 def test_unknown_solver():

@@ -84,18 +84,32 @@ def test_two_updates_by_hand(monkeypatch):
 
     first, state, _ = gradients(model, train[:5], None)
     second, _, _ = gradients(model, train[4:9], state)
-    rms = [((a.square() + b.square()) / 2).sqrt() for a, b in zip(first, second, strict=True)]
+    squares = [(a.square() + b.square()) / 2 for a, b in zip(first, second, strict=True)]
+    rms, usual = [square.sqrt() for square in squares], sum(square.sum() for square in squares).sqrt()
     learner = build_model(model.config).eval()
     learner.load_state_dict(model.state_dict())
-    want, state = [], None
+    want, cut, state = [], [], None
     for start in (0, 4, 8, 12):
         found, state, nll = gradients(learner, tokens[start : start + T + 1], state)
         want.append(nll)
+        cut.append(min(1.0, (usual / torch.cat([g.flatten() for g in found]).norm()).item()))
         with torch.no_grad():
             for p, trained, g, r in zip(learner.parameters(), model.parameters(), found, rms, strict=True):
-                p += -lr * g / (r + r.mean()) + (decay * r / r.mean()).clamp(max=1) * (trained - p)
+                p += -lr * cut[-1] * g / (r + r.square().mean().sqrt()) + (decay * r / r.mean()).clamp(max=1) * (
+                    trained - p
+                )
     got = dynamic_losses(model, tokens, train, lr=lr, decay=decay, segment=T)
     np.testing.assert_allclose(got, torch.cat(want).numpy(), rtol=1e-4)
+    assert min(cut) < 1 == max(cut)  # both happened
+
+
+def test_words_that_the_sample_of_the_training_text_lacks_do_no_harm():
+    model = noisy(dataclasses.replace(MODEL, vocab_size=2000))
+    common, rare = np.random.default_rng(0), np.random.default_rng(1)
+    train = common.integers(20, size=200, dtype=np.uint16)
+    tokens = rare.permutation(np.arange(2000, dtype=np.uint16))  # every word once: nothing to learn
+    static, got = token_losses(model, tokens), dynamic_losses(model, tokens, train, lr=1e-2, decay=1e-3, segment=32)
+    assert got.mean() < static.mean() + 0.5
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.0}, {"decay": -1.0}, {"segment": 0}, {"lr": float("nan")}])

@@ -9,7 +9,7 @@ import pytest
 
 from newllm.errors import UserError
 from newllm.prepare import prepare_data
-from newllm.prepared import Prepared, is_prepared, load_prepared, save_prepared
+from newllm.prepared import Prepared, is_prepared, load_prepared, save_prepared, whole_documents
 from newllm.tokenizer import train_tokenizer
 
 TEXT = "the cat sat on the mat\nand the dog sat by the door\n" * 20
@@ -59,3 +59,31 @@ def test_damage_is_named(folder):
     (folder / "prepared.json").write_text(json.dumps({"name": "x", "splits": {}}))
     with pytest.raises(UserError, match="not the index of a prepared text"):
         load_prepared(folder)
+
+
+def test_compressed_it_is_the_same_and_damage_is_named(folder):
+    plain = load_prepared(folder)
+    packed = folder.parent / "packed"
+    save_prepared(packed, plain, compress=True)
+    assert sorted(path.name for path in packed.iterdir()) == [
+        "prepared.json", "tokenizer.json", "train.npy.xz", "valid.npy.xz",
+    ]  # fmt: skip
+    again = load_prepared(packed)
+    for split, tokens in plain.tokens.items():
+        assert again.tokens[split].dtype == tokens.dtype
+        np.testing.assert_array_equal(again.tokens[split], tokens)
+    train = packed / "train.npy.xz"
+    whole = train.read_bytes()
+    middle = len(whole) // 2
+    for content in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :], b"no xz"):
+        train.write_bytes(content)
+        with pytest.raises(UserError, match=r"train.npy.xz: not (a readable array|the tokens)"):
+            load_prepared(packed)
+
+
+def test_only_whole_documents_are_kept():
+    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 0], np.uint16)
+    for limit, kept in ((3, 3), (4, 3), (5, 5), (7, 5), (8, 8), (100, 8)):
+        np.testing.assert_array_equal(whole_documents(tokens, 0, limit), tokens[:kept])
+    with pytest.raises(UserError, match="--max-tokens 2: the first document"):
+        whole_documents(tokens, 0, 2)

@@ -89,6 +89,26 @@ def test_logs_evaluations_and_checkpoints_come_when_they_should(tmp_path):
     assert first["elapsed_s"] > 0
 
 
+def test_full_cells_tell_their_passes_and_seams(tmp_path, monkeypatch):
+    """As where the solver takes chunks of time; of the validation between two logs by itself."""
+    from newllm.model.mixer import ContextCell
+
+    full = ContextCell.full
+
+    def in_chunks(self, from_x, c, reading):
+        return full(self, from_x, c, reading, chunks=2 if self.training else 4, passes=4, tolerance=1e-9)
+
+    monkeypatch.setattr(ContextCell, "full", in_chunks)
+    one = trainer(tmp_path, FULL)
+    one.train()
+    logs, scores = ([r for r in one.run.metrics() if key in r] for key in ("loss", "valid_loss"))
+    assert all(r["passes"] == 2 and 0 <= r["seam_mismatch"] <= 1e-9 for r in logs)
+    assert all(3 <= r["valid_passes"] <= 4 and 0 <= r["valid_seam_mismatch"] <= 1e-8 for r in scores)
+    other = trainer(tmp_path / "none")
+    other.train(stop_after=2)
+    assert [r.get("passes") for r in other.run.metrics()] == [None]
+
+
 def test_best_checkpoint_is_the_one_of_the_lowest_validation_loss(tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5])
     monkeypatch.setattr("newllm.training.evaluate", lambda *args, **kwargs: Score(next(scores), 63))
