@@ -2,7 +2,8 @@
 
 The blocks of all columns of a sequence, a team, run at the same time and exchange the statistics of a row, so that every tensor
 is read once and written once. A GPU holds few teams: few sequences leave it idle where a scan on its own would cut them along
-time, so under `auto` such calls, and packed sequences, go to Triton. By name (`use_backend("cuda")`) all are served here that can
+time, so under `auto` such calls, and packed sequences, go to Triton; small ones, whose time is the host's (162 us for Triton's
+launches where both kernels in C++ take some 45), to the kernels of `gated_scan` and `layer_norm`. By name (`use_backend("cuda")`) all are served here that can
 be. What never can are calls with a gradient of c beside y's, rows that do not begin at 16 bytes and empty tensors: these take the
 kernels of `gated_scan` and `layer_norm`, one after the other.
 """
@@ -40,7 +41,7 @@ def supports(call: backends.Call) -> native.Verdict:
                 f"needs compute capability 9.0 and all blocks of a row at the same time, which {name} does not give",
             )
     return native.Verdict(
-        True, f"{verdict.reason}, one launch; where few sequences would leave the GPU idle, as triton"
+        True, f"{verdict.reason}, one launch; where few sequences would leave the GPU idle, as triton, or if small, two"
     )
 
 
@@ -81,10 +82,10 @@ def in_one_launch(
 
 
 def implementation(triton: backends.Implementation) -> backends.Implementation:
-    """The backend `cuda`; under `auto`, `triton` takes the calls that one launch is slower for."""
+    """The backend `cuda`; under `auto`, `triton` takes the large calls that one launch is slower for."""
 
     def others(f: Tensor, D: int) -> backends.Implementation | None:
-        if backends.current_backend() != "auto":
+        if backends.current_backend() != "auto" or f.numel() <= backends.SMALL:
             return None
         return triton if triton.supports(backends.Call(f.device, f.dtype, D)).ok else None
 

@@ -165,10 +165,14 @@ def test_widths_that_it_refuses_by_name(D, reason):
         place(make("gated_scan_layer_norm", 1, 3, D)).run()
 
 
-def test_few_sequences_are_left_to_triton_by_auto():
-    problem = place(make("gated_scan_layer_norm", 1, 2000, 64, torch.bfloat16))
-    with nk.use_backend("triton"):
-        want = problem.run()
+@pytest.mark.parametrize(("steps", "small"), [(2000, True), (20000, False)])
+def test_auto_leaves_few_sequences_to_triton_and_small_calls_to_two_launches(steps, small, monkeypatch):
+    two_launches, calls = composed.gated_scan_layer_norm, []
+    monkeypatch.setattr(composed, "gated_scan_layer_norm", lambda *args: calls.append(args) or two_launches(*args))
+    problem = place(make("gated_scan_layer_norm", 1, steps, 64, torch.bfloat16))
     with nk.use_backend("auto"):
         got = problem.run()
-    assert torch.equal(got[0], want[0]) or (got[0].float() - want[0].float()).abs().max() < 0.1
+    assert len(calls) == int(small)
+    if not small:
+        with nk.use_backend("triton"):
+            assert all(map(torch.equal, got, problem.run()))
