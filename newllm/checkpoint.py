@@ -98,7 +98,30 @@ def save(path: Path, tensors: Tensors, info: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read what `save` wrote. Raises UserError naming the file where it is missing, cut short, damaged or foreign."""
+    """Read what `save` wrote. Raises UserError naming the file where it is missing, cut short, damaged or foreign.
+
+    A run that is being trained may put a new file in its place at any time. safetensors opens it once for the header and once
+    for the tensors, so what does not fit together is read again if it was replaced meanwhile.
+    """
+    while True:
+        read = _identity(path)
+        try:
+            return _load(path)
+        except UserError:
+            if _identity(path) == read:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Another one after `path` was replaced; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}

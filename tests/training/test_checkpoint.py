@@ -133,6 +133,22 @@ def test_a_path_below_a_file_is_one_line(tmp_path):
         checkpoint.save(tmp_path / "file" / "last", TENSORS, INFO)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(file, monkeypatch):
+    """As by a run in training: safetensors opens it twice, and may find the header of one file and the tensors of the next."""
+    real, readings = checkpoint._load, []
+
+    def replaced_between(path):
+        readings.append(path)
+        if len(readings) == 1:
+            checkpoint.save(path, TENSORS, {**INFO, "step": 124})
+            raise UserError("it does not match its checksum")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_load", replaced_between)
+    assert checkpoint.load(file)[1]["step"] == 124
+    assert len(readings) == 2
+
+
 def test_a_file_cut_anywhere_is_refused(file):
     whole = file.read_bytes()
     for length in {*range(0, len(whole), 7), len(whole) - 1}:
