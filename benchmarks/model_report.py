@@ -63,6 +63,7 @@ HIDDEN = {
 def collect(run: Run, name: str, group: str | None, note: str, given: dict[str, str | None]) -> Results:
     """Everything worth keeping of one run folder. `given`: what the folder does not know (command, device, torch, date)."""
     config, records = run.config(), run.metrics()
+    corpus = Path(config["data"]["corpus"]).name  # not where it lay on one machine
     if not records:
         raise UserError(f"{run.path}: has no metrics yet")
     summary = checkpoint.read_json(run.summary_file) if run.summary_file.exists() else {}
@@ -72,10 +73,10 @@ def collect(run: Run, name: str, group: str | None, note: str, given: dict[str, 
     rates = [record["mfu"] for record in steps if "mfu" in record]
     day = datetime.fromtimestamp(run.metrics_file.stat().st_mtime, UTC).date().isoformat()
     found: Results = {
-        "name": name, "group": group or Path(config["data"]["corpus"]).stem, "note": note,
+        "name": name, "group": group or Path(corpus).stem, "note": note,
         "command": given["command"] or config.get("command"), "date": given["date"] or summary.get("date") or day,
         "device": given["device"] or summary.get("device"), "torch": given["torch"] or summary.get("torch"),
-        "config": {part: config[part] for part in ("model", "training", "data")},
+        "config": {**{part: config[part] for part in ("model", "training")}, "data": {**config["data"], "corpus": corpus}},
         "parameters": summary.get("parameters") or count_parameters(run.model_config()),
         "steps": summary.get("steps") or records[-1]["step"], "best_step": summary.get("best_step"),
         "tokens": last.get("tokens"), "seconds": summary.get("seconds") or last.get("elapsed_s"),

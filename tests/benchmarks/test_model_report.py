@@ -77,6 +77,7 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
     assert kept["best_valid"] == {"step": 500, "loss": 7.0, "tokens": 1000}
     assert kept["splits"]["test"]["loss"] == pytest.approx(math.log(40))  # eval.json adds, and takes nothing away
     assert len((results / "ours.json").read_text().splitlines()) < 400
+    assert "/" not in kept["config"]["data"]["corpus"]  # no folder of this machine
 
     contexts = {
         **report.environment(), "preset": "40m", "precision": "bfloat16", "contexts": [
