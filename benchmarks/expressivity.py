@@ -1,9 +1,9 @@
 """Which models can track a state: `python benchmarks/expressivity.py [--problems ...] [--models ...] [--results FILE]`.
 
-Word problems of finite groups (word_problems.py), learnt from words of 32 elements and asked of words up to 1024: New-LLM with every
-coupling, the Transformer baseline and torch.nn.LSTM, of equal parameter count, for the same steps on the same data, every model
-with all of the learning rates and seeds. The loss counts the first L products of a word; L begins at 2 and grows by one whenever
-the last of them is right four times in five, up to 32: the same curriculum for all.
+Word problems of finite groups (word_problems.py), learnt from words of up to 32 elements and asked of words up to 1024: New-LLM with
+every coupling, the Transformer baseline and torch.nn.LSTM, of equal parameter count, for the same steps, every model with all of
+the learning rates and seeds. Words begin with 2 elements and are made twice as long, as many elements a step, whenever the last
+product of a word is right four times in five, up to 32: the same curriculum for all.
 
 On a GPU runs go side by side on streams of their own, steps in CUDA graphs that draw their data from a pool on the GPU; New-LLM and
 the Transformer compute in bfloat16 over float32 weights, as `newllm train` does, torch.nn.LSTM in float32. Results are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import word_problems
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import trange
 
 from newllm.config import ModelConfig, count_parameters, transformer_like
 from newllm.errors import UserError, one_line
@@ -187,7 +187,8 @@ class Lane:
 def train(lanes: list[Lane], steps: int, verbose: bool) -> float:
     """All of them side by side; seconds it took."""
     begin = time.perf_counter()
-    for turn in range(steps // UNROLLED):
+    label = ", ".join(sorted({lane.name for lane in lanes}))
+    for turn in trange(steps // UNROLLED, desc=label, unit="turn", leave=False, disable=None):
         for lane in lanes:
             lane.advance()
         if verbose and turn * UNROLLED % 500 == 0:
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
                       file=sys.stderr, flush=True)  # fmt: skip
             if args.results:
                 draft = args.results.with_name(f".{args.results.name}")
-                draft.write_text(json.dumps(content, indent=1) + "\n")
+                draft.write_text(report.as_json(content))
                 draft.replace(args.results)
     return 0
 

@@ -51,8 +51,8 @@ def environment() -> dict[str, Any]:
         triton = module.__version__
     try:
         build = native.build_info()
-    except ImportError as error:
-        build = {"compiler": str(error)}
+    except ImportError:  # of another Python than the library that serves it
+        build = {}
     return {
         "device": device_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "torch": torch.__version__,
         "triton": triton, "python": platform.python_version(), "compiler": build.get("compiler"),
@@ -61,13 +61,24 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def as_json(content: dict[str, Any]) -> str:
+    """JSON with a line for every key, and for every row of a table: a diff then shows what was measured anew."""
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def write(path: Path, rows: list[Row], copies: list[float], refused: list[str]) -> None:
     """All or nothing: a reader never sees half a file."""
     copy = {"copy_gbps": max(copies), "copy_gbps_seen": copies} if copies else {}
     content = {**environment(), **copy, "ratios": ratios(rows), "refused": refused, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(as_json(content))
     draft.replace(path)
 
 

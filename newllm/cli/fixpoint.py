@@ -7,7 +7,6 @@ import dataclasses
 import json
 import shlex
 import time
-import warnings
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,6 @@ from newllm.run import Run, new_run
 
 
 def run(args: argparse.Namespace) -> int:
-    with warnings.catch_warnings():
-        # In float32 on a GPU too: where a context rests, it moves by less than 16 bits tell apart, and the kernel has 16.
-        warnings.filterwarnings("ignore", message=".*slow reference backend")
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     args.preset = getattr(args, "preset", "classic")
     fields = [field for _, field, _, _ in FIXPOINT_OPTIONS]
     config = FixpointConfig(**{field: getattr(args, field) for field in fields if hasattr(args, field)})
@@ -42,7 +34,9 @@ def _run(args: argparse.Namespace) -> int:
     data = data_settings(args, model_config)
     torch.manual_seed(config.seed)
     model_config = dataclasses.replace(model_config, vocab_size=data.tokenizer.vocab_size)
-    model = build_model(model_config).to(device)
+    model = build_model(model_config).to(
+        device
+    )  # float32: where a context rests, it moves by less than 16 bits tell apart
     trainer = FixpointTrainer(model, data.tokens["train"], config)
     measured = _measured(data.tokens["valid"], model_config.vocab_size, config)
     fill_run(folder, model_config, data)

@@ -311,13 +311,16 @@ def _rank_of_cuda(call: backends.Call) -> int:
     return 2 if ours.both < costs.steps(call.width, H, layers, rows).both else 0
 
 
+WIDEST_STEPS = 16384  # columns of a row, which a program of the fused steps holds in registers
+
+
 def _supports_steps(call: backends.Call) -> Verdict:
     verdict = backends.supports_triton(call)
     if not verdict.ok or call.device.type != "cuda":
         return verdict
     H, layers, _, rows = call.detail
-    if call.width > 16384:
-        return Verdict(False, f"takes D up to 16384, got {call.width}")
+    if call.width > WIDEST_STEPS:
+        return Verdict(False, f"holds a row in registers: D up to {WIDEST_STEPS}, got {call.width}")
     cost = costs.steps(call.width, H, layers, rows)
     return Verdict(True, f"{verdict.reason}, fused steps between products of cuBLAS, {cost} for {rows} rows")
 

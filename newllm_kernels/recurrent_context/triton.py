@@ -27,8 +27,6 @@ from newllm_kernels.recurrent_context.triton_kernels import (
 )
 from newllm_kernels.triton_support import cdiv, contiguous, power_of_two
 
-WIDEST = 16384  # columns of a row, which a program holds in registers
-
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a b in out's dtype, that of accumulation: what is summed is not rounded before it is used."""

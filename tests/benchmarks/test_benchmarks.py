@@ -255,3 +255,18 @@ def test_the_full_cell_learns_parity_and_others_are_reported(tmp_path, monkeypat
 def test_expressivity_refuses_in_one_line(capsys, options):
     assert expressivity.main(options) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_results_have_a_line_for_every_row():
+    content = {
+        "device": "one",
+        "ratios": {"a": [1, 2]},
+        "rows": [{"op": "scan", "us": 1.5}, {"op": "x", "us": None}],
+        "refused": [],
+    }
+    text = report.as_json(content)
+    assert json.loads(text) == content
+    assert [line for line in text.splitlines() if '"op"' in line] == [
+        '  {"op": "scan", "us": 1.5},',
+        '  {"op": "x", "us": null}',
+    ]
