@@ -161,6 +161,10 @@ def write_config(
 def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     """The trainer of a run as its last checkpoint left it. `changes`: training settings that may differ (steps, device)."""
     stored = run.config()
+    if "fixpoint" in stored:
+        raise UserError(
+            f"{run.path}: a run of newllm fixpoint, which trains in one go; start from it with --init {run.path}"
+        )
     model = run.model_config()
     config = dataclasses.replace(training_config(run), **changes)
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left

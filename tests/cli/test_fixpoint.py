@@ -70,6 +70,13 @@ def test_training_starts_from_its_weights_and_resumes(newllm, text, runs_root, f
     assert all(json.loads((run / "config.json").read_text())["init"] == str(runs_root / "fixed") for run in runs)
 
 
+def test_it_is_not_resumed(newllm, fixed):
+    code, out, err = newllm("train", "--resume", "fixed")
+    assert (code, out) == (2, "")
+    assert "a run of newllm fixpoint, which trains in one go; start from it with --init" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
