@@ -12,7 +12,7 @@ import torch
 from newllm.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 _AT_LEAST_ONE = (
@@ -31,7 +31,7 @@ class TrainingConfig:
     segment: int = 128  # T, tokens a stream reads per forward pass
     random_segments: bool = False  # segments of T/2, 7T/8, T and 9T/8 tokens, drawn
     grad_accum: int = 1  # segments per optimizer step
-    optimizer: str = "adamw"  # "adamw" | "sgd"
+    optimizer: str = "adamw"  # "adamw" | "muon" | "sgd"
     lr: float = 1e-3  # at the top of the schedule
     min_lr: float = 0.1  # at its end, as a fraction of lr
     warmup: int = 50  # steps

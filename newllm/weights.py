@@ -11,11 +11,13 @@ rate of averaging, lies in tensors.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from newllm.model import LanguageModel
+from newllm.muon import Muon
 from newllm.training_config import TrainingConfig
 
 
@@ -31,20 +33,35 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD that decays matrices and leaves vectors (biases, norms, start contexts) alone.
+    """AdamW, Muon or SGD that decays matrices and leaves vectors (biases, norms, start contexts) alone.
 
-    On a GPU it is one fused kernel over all weights, its learning rate a tensor, so that a CUDA graph can hold it.
+    On a GPU it is one fused kernel over all weights (of Muon: over all but its matrices), its learning rate a tensor, so that
+    a CUDA graph can hold it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+    matrices = [p for p in parameters if p.dim() >= 2]
+    inner = _inner_matrices(model) if config.optimizer == "muon" else []
+    taken = {id(p) for p in inner}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     cuda = parameters[0].is_cuda
     lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, fused=cuda)
-    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=cuda, capturable=cuda)
+    options: dict[str, Any] = {"lr": lr, "betas": (config.beta1, config.beta2), "fused": cuda, "capturable": cuda}
+    if config.optimizer == "muon":
+        return Muon([*groups, {"params": inner, "weight_decay": config.weight_decay, "muon": True}], **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def _inner_matrices(model: nn.Module) -> list[Tensor]:
+    """Weights of linear layers whose two sides are features: neither tokens nor the shares of a mixture."""
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer |= {id(model.head.weight)} | ({id(model.mixture.shares.weight)} if model.mixture is not None else set())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [linear.weight for linear in linears if linear.weight.requires_grad and id(linear.weight) not in outer]
 
 
 @torch.no_grad()

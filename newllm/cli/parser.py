@@ -43,7 +43,7 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--segment", "segment", int, "T, tokens of a stream per forward pass; the context is carried on"),
     ("--random-segments", "random_segments", bool, "draw lengths from T/2, 7T/8, T and 9T/8"),
     ("--grad-accum", "grad_accum", int, "segments per optimizer step"),
-    ("--optimizer", "optimizer", ("adamw", "sgd"), "kind of optimizer"),
+    ("--optimizer", "optimizer", ("adamw", "muon", "sgd"), "muon: of inner matrices, AdamW for the rest"),
     ("--lr", "lr", float, "peak learning rate"),
     ("--min-lr", "min_lr", float, "learning rate at the end, as a fraction of --lr"),
     ("--warmup", "warmup", int, "steps of linear warm-up"),

@@ -84,7 +84,7 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(newllm, text):
         ["--preset", "classic", "--hidden-dim", 16],
         ["--architecture", "transformer", "--heads", 2],
         ["--hops", 2, "--fnn-layers", 1, "--hidden-dim", 12, "--activation", "relu"],
-        ["--coupling", "full", "--norm", "state", "--no-tie-embeddings"],
+        ["--coupling", "full", "--norm", "state", "--no-tie-embeddings", "--optimizer", "muon"],
         ["--norm", "none", "--grad-accum", 2, "--precision", "bfloat16"],
         [
             "--softmaxes",
