@@ -63,6 +63,7 @@ class Muon(torch.optim.AdamW):
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
+            state["step"] = torch.zeros((), device=p.device)  # AdamW asks every state that it loads for one
         return state["momentum"]
 
 

@@ -58,3 +58,30 @@ def test_only_matrices_between_features_take_its_steps():
     inner = ("mixer.cell.from_x", "mixer.output_gate", "mixer.out", "ffn.gate_and_value", "ffn.out")
     assert names == {f"blocks.{n}.{layer}.weight" for n in range(2) for layer in inner} | {"mixture.latent.weight"}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_loaded_state_goes_on_as_the_saved_one():
+    torch.manual_seed(2)
+    models = [torch.nn.Linear(12, 8) for _ in range(2)]
+    muons = [
+        Muon(
+            [{"params": [m.bias], "weight_decay": 0.0}, {"params": [m.weight], "weight_decay": 0.1, "muon": True}],
+            lr=0.1,
+        )
+        for m in models
+    ]
+    gradients = torch.randn(4, 8, 12)
+
+    def step(n, which):
+        models[which].weight.grad, models[which].bias.grad = gradients[n].clone(), gradients[n, :, 0].clone()
+        muons[which].step()
+
+    for n in range(2):
+        step(n, 0)
+    models[1].load_state_dict(models[0].state_dict())
+    muons[1].load_state_dict(muons[0].state_dict())
+    for n in range(2, 4):
+        step(n, 0)
+        step(n, 1)
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert torch.equal(models[0].bias, models[1].bias)
