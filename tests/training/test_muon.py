@@ -1,5 +1,6 @@
 """Muon against PyTorch's, which takes matrices one by one and its learning rate from the host."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_loaded_state_goes_on_as_the_saved_one():
     for n in range(2):
         step(n, 0)
     models[1].load_state_dict(models[0].state_dict())
-    muons[1].load_state_dict(muons[0].state_dict())
+    muons[1].load_state_dict(copy.deepcopy(muons[0].state_dict()))
     for n in range(2, 4):
         step(n, 0)
         step(n, 1)
