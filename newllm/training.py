@@ -162,7 +162,7 @@ class Trainer:
         carries = self.model.carries_context
         # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
         with self.uncompiled() if carries and segment.fresh else nullcontext():
-            x, state = self.forward(inputs, self.state if carries and not segment.fresh else None)  # (B, T, F)
+            x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
         nll = self.weights.computing.nll(x, targets)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
@@ -179,6 +179,18 @@ class Trainer:
         if self.config.change_penalty and x.shape[1] > 1:
             penalty = penalty + self.config.change_penalty * (x[:, 1:] - x[:, :-1]).float().square().mean()
         return penalty
+
+    def _begin(self) -> State | None:
+        """What a segment in the middle of the text starts from: what the last one left, in some streams the learned start.
+        Else few texts of a training begin with that, and a model does not learn how to begin one."""
+        if self.state is None or self.config.restart == 0:
+            return self.state
+        rows = torch.rand(self.config.batch_size, device=self.device) < self.config.restart
+        start = self.weights.computing.initial_state(self.config.batch_size, self.device)
+        return {
+            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), start[name], value)
+            for name, value in self.state.items()
+        }
 
     def _carry(self, state: State) -> None:
         """Keep the contexts that the next segment starts from, cut off from their graph, in the same memory every time."""

@@ -30,6 +30,7 @@ class TrainingConfig:
     batch_size: int = 16  # B, streams side by side
     segment: int = 128  # T, tokens a stream reads per forward pass
     random_segments: bool = False  # segments of T/2, 7T/8, T and 9T/8 tokens, drawn
+    restart: float = 0.0  # probability that a stream begins a segment from the start context instead of the carried one
     grad_accum: int = 1  # segments per optimizer step
     optimizer: str = "adamw"  # "adamw" | "muon" | "sgd"
     lr: float = 1e-3  # at the top of the schedule
@@ -72,6 +73,7 @@ class TrainingConfig:
             ("change_penalty", "a number of at least 0", lambda x: x >= 0),
             ("min_lr", "a fraction from 0 to 1", lambda x: 0 <= x <= 1),
             ("average", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+            ("restart", "a number from 0 to 1", lambda x: 0 <= x <= 1),
             ("beta1", "a number from 0 to below 1", lambda x: 0 <= x < 1),
             ("beta2", "a number from 0 to below 1", lambda x: 0 <= x < 1),
         ):

@@ -42,6 +42,7 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--batch-size", "batch_size", int, "B, streams of text read side by side"),
     ("--segment", "segment", int, "T, tokens of a stream per forward pass; the context is carried on"),
     ("--random-segments", "random_segments", bool, "draw lengths from T/2, 7T/8, T and 9T/8"),
+    ("--restart", "restart", float, "probability that a stream begins a segment without context, as new texts do"),
     ("--grad-accum", "grad_accum", int, "segments per optimizer step"),
     ("--optimizer", "optimizer", ("adamw", "muon", "sgd"), "muon: of inner matrices, AdamW for the rest"),
     ("--lr", "lr", float, "peak learning rate"),

@@ -163,6 +163,27 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     assert one.weights.grad_norm > 0.05  # what is logged is the norm before
 
 
+def test_some_streams_begin_a_segment_anew(tmp_path):
+    one = trainer(tmp_path, segment=8, batch_size=4, restart=0.5)
+    seen = []
+    features = one.weights.computing.features
+    one.forward = lambda tokens, state=None: seen.append(state) or features(tokens, state)
+    one.train(stop_after=12)
+    assert seen[0] is None
+    for (name, value), anew in ((item, one.model.initial_state(4)) for state in seen[1:] for item in state.items()):
+        assert value.requires_grad  # the start is learned
+        assert value.shape == anew[name].shape
+    starts = [
+        torch.equal(state[name][b], state[name][a]) for state in seen[1:] for name in state for a, b in [(0, 1), (2, 3)]
+    ]
+    assert 0 < sum(starts) < len(starts)  # rows are alike only where both began anew
+    always = trainer(tmp_path / "always", segment=8, batch_size=4, restart=1.0)
+    always.forward = lambda tokens, state=None: seen.append(state) or always.weights.computing.features(tokens, state)
+    always.train(stop_after=3)
+    for state in seen[-2:]:
+        assert all(torch.equal(value, value[:1].expand_as(value)) for value in state.values())
+
+
 def test_the_context_is_carried_from_segment_to_segment(tmp_path):
     """The loss of the second step is that of a model that has read the first segment, and no gradient crosses the seam."""
     model = dataclasses.replace(FULL, dropout=0.0)

@@ -73,7 +73,7 @@ def test_matrices_decay_and_vectors_do_not(architecture):
         ("warmup", -1), ("seed", -1), ("seed", 2**63), ("threads", -2), ("eval_every", 0), ("checkpoint_every", 0),
         ("lr", 0), ("lr", math.nan), ("lr", math.inf), ("lr", "big"), ("clip", 0), ("weight_decay", -0.1),
         ("min_lr", 1.1), ("beta2", 1), ("precision", "float16"), ("device", 3), ("compile", "yes"),
-        ("cuda_graph", 1), ("random_segments", None), ("schedule", "step"), ("optimizer", "adam"), ("average", 1.1),
+        ("cuda_graph", 1), ("random_segments", None), ("schedule", "step"), ("optimizer", "adam"), ("average", 1.1), ("restart", 1.5),
         ("average_start", -1), ("average_every", 0), ("activation_penalty", -1), ("change_penalty", math.inf), ("beta1", 1.0), ("lr", True),
     ],
 )  # fmt: skip
