@@ -48,9 +48,13 @@ class Replay:
                 self.graph.capture_end()
 
 
-def applies(like: Tensor, rows: int, steps: int) -> bool:
-    """Whether a call is one that a graph would be faster for."""
-    if not like.is_cuda or rows > MOST_ROWS or steps < STEPS:
+def applies(like: Tensor, rows: int, steps: int, *widths: int) -> bool:
+    """Whether a call is one that a graph would be faster for, and give the same bits for.
+
+    Triton compiles a kernel anew where strides or addresses are multiples of 16, and its sums in another order with it. Of the
+    buffers of a graph, which hold STEPS steps, strides always are; of a call's tensors where all widths are.
+    """
+    if not like.is_cuda or rows > MOST_ROWS or steps < STEPS or any(width % 16 for width in widths):
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -250,7 +250,7 @@ def recurrent_context(
         steps.begin(c0)
         return (steps, *parts), lambda: steps.run(*parts)
 
-    if replay.applies(z, B, T):
+    if replay.applies(z, B, T, D, z.shape[2]):
         key = ("forward", B, _signature(*weights), z.dtype, kinds, save)
         with replay.borrow(key, z.device, make) as found:
             state, product = plain() if found is None else replayed(found)
@@ -308,7 +308,7 @@ def recurrent_context_backward(
         parts = (grad_part, _segment(pre), _segment(c), torch.zeros_like(c0), _segment(grad_pre), _segment(hidden))
         return (steps, *parts), lambda: steps.run(*parts)
 
-    if replay.applies(pre, B, T):
+    if replay.applies(pre, B, T, D, 0 if gate_weight is None else gate_weight.shape[1]):
         outside = None if grad_c is None else grad_c.dtype
         key = ("backward", B, _signature(*weights), pre.dtype, c0.dtype, outside, kinds)
         with replay.borrow(key, pre.device, make) as found:

@@ -184,7 +184,7 @@ def make(
         tensors["a"] = (torch.rand(B, T, D, dtype=torch.float64) * 1.3 - 0.3).to(dtype)
         tensors["b"] = randn(B, T, D, dtype=dtype)
     elif base == "recurrent_context":
-        tensors |= _cell(B, T, D, dtype, options.pop("layers", 1))
+        tensors |= _cell(B, T, D, dtype, options.pop("layers", 1), options.pop("H", D + 5))
     elif function.endswith("_packed"):
         tensors["gates"] = randn(B, T, 3 * D, dtype=dtype, scale=2)  # some gates saturate
     elif base in ("gated_scan", "gated_scan_layer_norm", "context_update", "context_scan"):
@@ -208,11 +208,10 @@ def make(
     return Problem(function, tensors, options)
 
 
-def _cell(B: int, T: int, D: int, dtype: torch.dtype, layers: int) -> dict[str, Tensor]:
-    """Inputs and matrices of the full cell, H = D + 5. What it reads of its context is kept small enough for differences to
+def _cell(B: int, T: int, D: int, dtype: torch.dtype, layers: int, H: int) -> dict[str, Tensor]:
+    """Inputs and matrices of the full cell. What it reads of its context is kept small enough for differences to
     fade: a cell that amplifies them has no answer to compare with. Gates of forgetting, rows [:D], lean to letting go, for
     LayerNorm in the loop divides by what is left."""
-    H = D + 5
     tensors = {"z": randn(B, T, H if layers else 3 * D, dtype=dtype, scale=1.5)}
     tensors["context_weight"] = randn(H if layers else 3 * D, D, dtype=dtype, scale=0.4 * D**-0.5)
     if layers > 1:

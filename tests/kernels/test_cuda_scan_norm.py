@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import LAYOUTS, VARIANTS, check, check_graph, check_streams, laid_out, make, variant
+from cases import LAYOUTS, VARIANTS, check, check_graph, check_streams, laid_out, make, relative_error, variant
 from test_compile import check_compiled
 from test_cuda import place
 from test_operators import captured, opcheck_all
 
 import newllm_kernels as nk
-from newllm_kernels.gated_scan_layer_norm import composed
+from newllm_kernels.gated_scan_layer_norm import composed, cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -172,7 +172,7 @@ def test_auto_leaves_few_sequences_to_triton_and_small_calls_to_two_launches(ste
     problem = place(make("gated_scan_layer_norm", 1, steps, 64, torch.bfloat16))
     with nk.use_backend("auto"):
         got = problem.run()
+        assert not cuda.in_one_launch(problem.tensors["f"], 64, None, (), backward=False)
     assert len(calls) == int(small)
-    if not small:
-        with nk.use_backend("triton"):
-            assert all(map(torch.equal, got, problem.run()))
+    for x, want in zip(got, problem.truth({n: x.cpu().double() for n, x in problem.tensors.items()}), strict=True):
+        assert relative_error(x, want) < 8e-3  # bfloat16; y is of a c that was rounded

@@ -144,12 +144,13 @@ def test_replayed_graphs_give_the_bits_of_single_steps(name, monkeypatch):
     from newllm_kernels.recurrent_context import replay
 
     replay.clear()
-    first = [place(variant(name, dtype, T=53)) for dtype in DTYPES]
+    sizes = {"T": 53, "D": 48, "H": 64}
+    first = [place(variant(name, dtype, **sizes)) for dtype in DTYPES]
     for problem in first:
         for _ in range(2):
             differentiate(problem.run, problem.tensors, [torch.randn_like(x) for x in problem.run()])
     assert replay._graphs
-    for problem, other in zip(first, [place(variant(name, dtype, T=53)) for dtype in DTYPES], strict=True):
+    for problem, other in zip(first, [place(variant(name, dtype, **sizes)) for dtype in DTYPES], strict=True):
         grads = [torch.randn_like(x) for x in problem.run()]
         replayed = differentiate(other.run, other.tensors, grads)
         kept = [x.clone() for x in (*replayed[0], *replayed[1].values())]
@@ -163,6 +164,20 @@ def test_replayed_graphs_give_the_bits_of_single_steps(name, monkeypatch):
             assert torch.equal(x, before)
             assert torch.equal(x, y)
     assert len(replay._graphs) <= replay.MOST
+
+
+@pytest.mark.gpu
+def test_widths_that_a_graph_would_give_other_bits_for_are_not_replayed():
+    from newllm_kernels.recurrent_context import replay
+
+    replay.clear()
+    problem = place(variant("recurrent_context", T=53, D=33))
+    grads = [torch.randn_like(x) for x in problem.run()]
+    outputs, found = zip(*(differentiate(problem.run, problem.tensors, grads) for _ in range(4)), strict=True)
+    assert not replay._graphs
+    for other, gradients in zip(outputs[1:], found[1:], strict=True):
+        assert all(map(torch.equal, other, outputs[0]))
+        assert all(torch.equal(gradients[key], found[0][key]) for key in found[0])
 
 
 @pytest.mark.gpu
