@@ -61,7 +61,8 @@ HIDDEN = {
 
 
 def collect(run: Run, name: str, group: str | None, note: str, given: dict[str, str | None]) -> Results:
-    """Everything worth keeping of one run folder. `given`: what the folder does not know (command, device, torch, date)."""
+    """Everything worth keeping of one run folder, but not where it lay. `given`: what it does not know (command, device, torch,
+    date)."""
     config, records = run.config(), run.metrics()
     corpus = Path(config["data"]["corpus"]).name  # not where it lay on one machine
     if not records:
@@ -74,7 +75,7 @@ def collect(run: Run, name: str, group: str | None, note: str, given: dict[str, 
     day = datetime.fromtimestamp(run.metrics_file.stat().st_mtime, UTC).date().isoformat()
     found: Results = {
         "name": name, "group": group or Path(corpus).stem, "note": note,
-        "command": given["command"] or config.get("command"), "date": given["date"] or summary.get("date") or day,
+        "command": given["command"] or re.sub(r" --out \S+", "", config.get("command") or ""), "date": given["date"] or summary.get("date") or day,
         "device": given["device"] or summary.get("device"), "torch": given["torch"] or summary.get("torch"),
         "config": {**{part: config[part] for part in ("model", "training")}, "data": {**config["data"], "corpus": corpus}},
         "parameters": summary.get("parameters") or count_parameters(run.model_config()),
@@ -134,7 +135,10 @@ def run_collect(args: argparse.Namespace) -> int:
         judged = run.path / "judge.json"
         if judged.exists():
             about = {key: content[key] for key in ("group", "date", "device", "torch")}
-            save(args.results / f"{name}-judge.json", about | {"judge": checkpoint.read_json(judged)})
+            judgement = checkpoint.read_json(judged)
+            for judge in judgement["runs"].values():
+                judge["path"] = Path(judge["path"]).name
+            save(args.results / f"{name}-judge.json", about | {"judge": judgement})
             print(f"wrote {args.results / name}-judge.json")
     return 0
 

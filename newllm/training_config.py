@@ -112,13 +112,27 @@ TRAINING_PRESETS: dict[str, TrainingConfig] = {
     "tiny": TrainingConfig(steps=600),
     "classic": TrainingConfig(steps=2000, batch_size=16, segment=64, lr=2e-3),
     "40m": TrainingConfig(
-        steps=20000, batch_size=32, segment=256, lr=1e-3, warmup=500, eval_every=500, checkpoint_every=500
+        steps=20000, batch_size=32, segment=256, restart=0.05, lr=1e-3, warmup=500, eval_every=500, checkpoint_every=500
     ),
     "100m": TrainingConfig(
-        steps=50000, batch_size=32, segment=512, lr=6e-4, warmup=1000, eval_every=1000, checkpoint_every=500
+        steps=50000,
+        batch_size=32,
+        segment=512,
+        restart=0.05,
+        lr=6e-4,
+        warmup=1000,
+        eval_every=1000,
+        checkpoint_every=500,
     ),
     "1b": TrainingConfig(
-        steps=100000, batch_size=32, segment=1024, lr=3e-4, warmup=2000, eval_every=2000, checkpoint_every=1000
+        steps=100000,
+        batch_size=32,
+        segment=1024,
+        restart=0.05,
+        lr=3e-4,
+        warmup=2000,
+        eval_every=2000,
+        checkpoint_every=1000,
     ),
 }
 
