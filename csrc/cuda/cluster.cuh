@@ -35,6 +35,26 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 #endif
 }
 
+// A whole warp arrives at each of `count` barriers, one lane for all: __syncwarp puts what the others wrote before that
+// lane, and its arrival releases it all (the memory model's causality order goes through both). racecheck does not
+// follow the first step; in a library configured with -DNEWLLM_EVERY_LANE_ARRIVES=ON, which is for it alone, it has no
+// need to.
+#ifdef NEWLLM_EVERY_LANE_ARRIVES
+constexpr int kArrivalsOfWarp = 32;
+#else
+constexpr int kArrivalsOfWarp = 1;
+#endif
+
+__device__ __forceinline__ void warp_arrives(uint64_t* barriers, int count = 1) {
+  __syncwarp();
+  const int lane = threadIdx.x % 32;
+  if constexpr (kArrivalsOfWarp == 1) {
+    if (lane < count) mbarrier_arrive(barriers + lane);
+  } else {
+    for (int k = 0; k < count; ++k) mbarrier_arrive(barriers + k);
+  }
+}
+
 // Arrives, and lets the phase end only after so many bytes have come.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
 #ifdef NEWLLM_CLUSTERS

@@ -157,7 +157,7 @@ struct WalkShared {
   uint64_t reduced[kSlots];  // pairs
 
   __device__ __forceinline__ void begin() {
-    for (uint64_t& barrier : reduced) mbarrier_init(&barrier, W);
+    for (uint64_t& barrier : reduced) mbarrier_init(&barrier, W * kArrivalsOfWarp);
   }
 };
 
@@ -253,9 +253,8 @@ __device__ __forceinline__ void walk(const ScanNormArgs& args, Shared& shared, i
       steps.start[v] = reads ? args.scan.start[steps.n * D + at + v] : 0.0f;
     }
     shared.pairs[count % Shared::kSlots][warp][lane] = reduce(count, steps, kept);
-    __syncwarp();
     // A slot serves again four windows later: by then all have reduced the third, and so applied this one.
-    if (lane == 0) mbarrier_arrive(&shared.reduced[count % Shared::kSlots]);
+    warp_arrives(&shared.reduced[count % Shared::kSlots]);
     windows.next();
     return steps;
   };

@@ -115,8 +115,7 @@ struct ScanNormBackward {
         out[k] -= args.scan.out[k].stride_t;
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.empty[count % GRADS][warp]), mbarrier_arrive(&shared.passed[count % KEEP]);
+    warp_arrives(&shared.empty[count % GRADS][warp]), warp_arrives(&shared.passed[count % KEEP]);
   }
 
   // ---- warps that normalise -----------------------------------------------------------------------------------------
@@ -276,8 +275,7 @@ struct ScanNormBackward {
         *reinterpret_cast<float4*>(row + e) = make_float4(grad[e], grad[e + 1], grad[e + 2], grad[e + 3]);
       }
     }
-    __syncwarp();
-    if (lane < kWalkers) mbarrier_arrive(&shared.full[slot][which * kWalkers + lane]);
+    warp_arrives(&shared.full[slot][which * kWalkers], kWalkers);
     __syncwarp();
   }
 
@@ -350,9 +348,12 @@ struct ScanNormBackward {
     if (threadIdx.x == 0) {
       shared.walk.begin();
       for (int slot = 0; slot < GRADS; ++slot) {
-        for (int w = 0; w < W; ++w) mbarrier_init(&shared.full[slot][w], 1), mbarrier_init(&shared.empty[slot][w], 1);
+        for (int w = 0; w < W; ++w) {
+          mbarrier_init(&shared.full[slot][w], kArrivalsOfWarp);
+          mbarrier_init(&shared.empty[slot][w], kArrivalsOfWarp);
+        }
       }
-      for (uint64_t& barrier : shared.passed) mbarrier_init(&barrier, W);
+      for (uint64_t& barrier : shared.passed) mbarrier_init(&barrier, W * kArrivalsOfWarp);
     }
     if (warp < W) {
       Gates gates(args, shared.walk, team, column);

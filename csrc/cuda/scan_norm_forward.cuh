@@ -84,8 +84,7 @@ struct ScanNormForward {
       const float both[2] = {y[0][0], y[1][0]};
       reinterpret_cast<typename Vec<T, 2>::Raw*>(shared.contexts[slot][warp][r])[lane] = Vec<T, 2>::pack(both);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.full[slot][warp]);
+    warp_arrives(&shared.full[slot][warp]);
   }
 
   // ---- warps that normalise -----------------------------------------------------------------------------------------
@@ -188,8 +187,7 @@ struct ScanNormForward {
       }
       Part::store_if(row_of(g) < run.there && column + at() < args.scan.D, y, Part::pack(x));
     }
-    __syncwarp();
-    if (lane < kWalkers) mbarrier_arrive(&shared.empty[count % KEEP][which * kWalkers + lane]);
+    warp_arrives(&shared.empty[count % KEEP][which * kWalkers], kWalkers);
     __syncwarp();
   }
 
@@ -225,7 +223,10 @@ struct ScanNormForward {
     if (threadIdx.x == 0) {
       shared.walk.begin();
       for (int slot = 0; slot < KEEP; ++slot) {
-        for (int w = 0; w < W; ++w) mbarrier_init(&shared.full[slot][w], 1), mbarrier_init(&shared.empty[slot][w], 1);
+        for (int w = 0; w < W; ++w) {
+          mbarrier_init(&shared.full[slot][w], kArrivalsOfWarp);
+          mbarrier_init(&shared.empty[slot][w], kArrivalsOfWarp);
+        }
       }
     }
     if (warp < W) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cluster.cuh"
+
 namespace newllm::cuda {
 
 __device__ __forceinline__ uint32_t shared_word(const void* pointer) {
@@ -53,7 +55,8 @@ struct SlotBarriers {
   __device__ __forceinline__ void init(uint32_t warps) {
 #pragma unroll
     for (int k = 0; k < 2 * SLOTS; ++k) {
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_word(filled + k)), "r"(warps) : "memory");
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_word(filled + k)), "r"(warps * kArrivalsOfWarp)
+                   : "memory");
     }
   }
 };
@@ -77,7 +80,7 @@ struct Slots {
  private:
   static __device__ __forceinline__ void arrive(uint32_t barrier) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (kArrivalsOfWarp > 1 || threadIdx.x % 32 == 0) {
       asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
     }
   }

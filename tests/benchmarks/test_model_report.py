@@ -63,7 +63,7 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
     (ours / "eval.json").write_text(json.dumps({"run": "x", "splits": {"test": {"dynamic": dynamic, "by_position": place}}}))  # fmt: skip
     one = {"mean": 0.5, "error": None, "texts": 1}
     judged = {
-        "split": "test", "sampling": {"samples": 1}, "perplexity": {"human": {"ours": one}}, "figures": {"human": dict.fromkeys(
+        "runs": {"ours": {"path": "/somewhere/of/mine/ours"}}, "split": "test", "sampling": {"samples": 1}, "perplexity": {"human": {"ours": one}}, "figures": {"human": dict.fromkeys(
             ("distinct_1", "distinct_2", "distinct_3", "repeated", "longest_repeat", "names", "names_again", "names_span",
              "names_longest", "faults", "words"), one)}, "samples": [{"prompt": "Once", "human": "upon a time"}],
     }  # fmt: skip
@@ -78,6 +78,7 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
     assert kept["splits"]["test"]["loss"] == pytest.approx(math.log(40))  # eval.json adds, and takes nothing away
     assert len((results / "ours.json").read_text().splitlines()) < 400
     assert "/" not in kept["config"]["data"]["corpus"]  # no folder of this machine
+    assert "/" not in json.loads((results / "ours-judge.json").read_text())["judge"]["runs"]["ours"]["path"]
 
     contexts = {
         **report.environment(), "preset": "40m", "precision": "bfloat16", "contexts": [
