@@ -371,6 +371,10 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_teams
   return newllm::cuda::recurrent_teams(D, H, device);
 }
 
+extern "C" __attribute__((visibility("default"))) int64_t newllm_recurrent_meshes(int64_t D, int64_t H, int device) {
+  return newllm::cuda::recurrent_meshes(D, H, device);
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t newllm_layer_norm_max_width(int device) {
   return newllm::cuda::layer_norm_max_width(device);
 }

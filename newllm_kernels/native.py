@@ -97,6 +97,14 @@ def cuda_recurrent_teams(D: int, H: int, device: int) -> int:
 
 
 @functools.cache
+def cuda_recurrent_meshes(D: int, H: int, device: int) -> int:
+    """The same for meshes of clusters, which take the place of teams where they need no more turns; 0: there are none."""
+    function = _handle().newllm_recurrent_meshes
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(D), ctypes.c_int64(H), ctypes.c_int(device))
+
+
+@functools.cache
 def cuda_gated_scan_layer_norm_teams(device: int, is_float: bool, backward: bool, width: int) -> int:
     """Sequences that its CUDA kernel works on at a time: one for every set of blocks of all columns that the device holds."""
     function = _handle().newllm_gated_scan_layer_norm_teams

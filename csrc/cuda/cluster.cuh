@@ -95,17 +95,28 @@ __device__ __forceinline__ void mbarrier_wait_in_block(uint64_t* barrier, uint32
 #endif
 }
 
-// Stores 16 bytes into the shared memory of block `rank` of the cluster, and tells the barrier there that they came.
-__device__ __forceinline__ void send(float4 value, float4* target, uint64_t* barrier, uint32_t rank) {
+// Where something of this block's shared memory lies in that of block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(const void* pointer, uint32_t rank) {
+  uint32_t there = 0;
 #ifdef NEWLLM_CLUSTERS
-  uint32_t there, barrier_there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(target)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(shared_address(barrier)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(pointer)), "r"(rank));
+#endif
+  return there;
+}
+
+// Stores 16 bytes at such an address, and tells the barrier at another, of the same block, that they came.
+__device__ __forceinline__ void send(float4 value, uint32_t target, uint32_t barrier) {
+#ifdef NEWLLM_CLUSTERS
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
-      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier_there)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
       : "memory");
 #endif
+}
+
+// Stores 16 bytes into the shared memory of block `rank` of the cluster, and tells the barrier there that they came.
+__device__ __forceinline__ void send(float4 value, float4* target, uint64_t* barrier, uint32_t rank) {
+  send(value, remote_address(target, rank), remote_address(barrier, rank));
 }
 
 // Stores 16 bytes into the shared memory of block `rank` of the cluster, which sees them after cluster_sync.

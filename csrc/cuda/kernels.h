@@ -77,6 +77,9 @@ int64_t recurrent_team(int64_t D, int64_t H, int device);
 // How many such teams run at once.
 int64_t recurrent_teams(int64_t D, int64_t H, int device);
 
+// The same for meshes of clusters, which take their place where they need no more turns; 0 where there are none.
+int64_t recurrent_meshes(int64_t D, int64_t H, int device);
+
 // Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are 2 + layers
 // numbers there that begin as 0; `widest` is the largest K. All layers have the same B.
 cudaError_t decode_linear(const DecodeLinear& layer, DType dtype, cudaStream_t stream);

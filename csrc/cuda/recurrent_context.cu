@@ -4,7 +4,8 @@
 
 #include "device.h"
 #include "kernels.h"
-#include "recurrent_backward.cuh"
+#include "recurrent_cluster_backward.cuh"
+#include "recurrent_mesh_backward.cuh"
 
 namespace newllm::cuda {
 namespace {
@@ -83,13 +84,79 @@ TeamPlan make_plan(int D, int H, int device) {
   return TeamPlan{};
 }
 
-TeamPlan plan_for(int D, int H, int device) {
+// Clusters of a mesh for these widths, and how many meshes run at once; 0 where none does.
+struct MeshPlan {
+  int groups = 0, teams = 0;
+};
+
+template <int kGroups>
+cudaLaunchConfig_t mesh_config(int teams, cudaStream_t stream, cudaLaunchAttribute (&attribute)[2]) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(teams * kGroups * kMembers));
+  config.blockDim = dim3(kTeamThreads);
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = 2;
+  attribute[0].id = cudaLaunchAttributeClusterDimension;
+  attribute[0].val.clusterDim.x = kMembers;
+  attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+  attribute[1].id = cudaLaunchAttributeCooperative;
+  attribute[1].val.cooperative = 1;
+  return config;
+}
+
+template <class Body>
+auto with_groups(int groups, const Body& body) {
+  return groups == 8 ? body(std::integral_constant<int, 8>{}) : body(std::integral_constant<int, 12>{});
+}
+
+MeshPlan make_mesh(int D, int H, int device) {
+  int cooperative = 0, major = 0, clusters = 0;
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const int groups = D / kGroupColumns;
+  if (!cooperative || major < 9 || D % kGroupColumns != 0 || H != 2 * D || (groups != 8 && groups != 12)) return {};
+  const bool fits = with_groups(groups, [&](auto count) {
+    cudaLaunchAttribute attribute[2];
+    const cudaLaunchConfig_t config = mesh_config<count>(1, nullptr, attribute);
+    return cudaOccupancyMaxActiveClusters(&clusters, recurrent_mesh_backward_kernel<__nv_bfloat16, count>, &config) ==
+           cudaSuccess;
+  });
+  cudaGetLastError();  // a refusal is an answer
+  return fits && clusters >= groups ? MeshPlan{groups, clusters / groups} : MeshPlan{};
+}
+
+struct Plans {
+  TeamPlan team;
+  MeshPlan mesh;
+};
+
+Plans plans_for(int D, int H, int device) {
   static thread_local struct {
     int D = 0, H = 0, device = -1;
-    TeamPlan plan;
+    Plans plans;
   } last;
-  if (last.D != D || last.H != H || last.device != device) last = {D, H, device, make_plan(D, H, device)};
-  return last.plan;
+  if (last.D != D || last.H != H || last.device != device) {
+    last = {D, H, device, {make_plan(D, H, device), make_mesh(D, H, device)}};
+  }
+  return last.plans;
+}
+
+// A mesh takes some 0.6 of a team's time; where more teams run at once there may be fewer turns of these.
+bool takes_mesh(const Plans& plans, int64_t B) {
+  const auto turns = [&](int teams) { return (B + kRows * teams - 1) / (kRows * teams); };
+  return plans.mesh.teams > 0 && turns(plans.mesh.teams) <= turns(plans.team.teams);
+}
+
+// Pairs of neighbours are read and written in one piece.
+bool in_pairs(const View3& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 4 == 0 && view.stride_b % 2 == 0 && view.stride_t % 2 == 0;
+}
+
+// Clusters of which every block has 16 columns and 32 units, for eight warps that hear one or two blocks each.
+bool takes_cluster(const TeamPlan& plan, const RecurrentShape& shape) {
+  return plan.cluster && (plan.blocks == 8 || plan.blocks == 16) && shape.D == plan.blocks * kBlockColumns &&
+         shape.H == plan.blocks * kBlockUnits;
 }
 
 TeamShape team_shape(const RecurrentShape& shape, const TeamPlan& plan) {
@@ -161,56 +228,151 @@ cudaError_t launch_forward(const RecurrentArgs& args, const TeamPlan& plan, cons
   });
 }
 
+template <class T>
+float2* recurrent_statistics(const RecurrentBackwardArgs& args, const TeamShape& shape, const Scratch& scratch,
+                             cudaStream_t stream) {
+  const int64_t rows = int64_t(shape.B) * shape.T;
+  float2* statistics = reinterpret_cast<float2*>(scratch.allocate(scratch.context, 2 * std::max<int64_t>(1, rows)));
+  if (rows > 0) recurrent_statistics_kernel<T><<<unsigned((rows + 7) / 8), 256, 0, stream>>>(args, shape, statistics);
+  return statistics;
+}
+
 template <class T, bool kCluster>
 cudaError_t launch_backward(const RecurrentBackwardArgs& args, const TeamPlan& plan, const Scratch& scratch,
                             cudaStream_t stream) {
   const TeamShape shape = team_shape(args.shape, plan);
-  const int64_t shared = backward_shared(shape.D, shape.H, plan.blocks, kCluster), rows = int64_t(shape.B) * shape.T;
+  const int64_t shared = backward_shared(shape.D, shape.H, plan.blocks, kCluster);
   const auto kernel = recurrent_backward_kernel<T, kCluster>;
   cudaError_t error = allow_shared(kernel, shared, kCluster);
   if (error != cudaSuccess) return error;
   float edge, below;
   marks<T>(args.norm.clamp_value, edge, below);
-  float2* statistics = reinterpret_cast<float2*>(scratch.allocate(scratch.context, 2 * std::max<int64_t>(1, rows)));
-  if (rows > 0) recurrent_statistics_kernel<T><<<unsigned((rows + 7) / 8), 256, 0, stream>>>(args, shape, statistics);
+  const float2* statistics = recurrent_statistics<T>(args, shape, scratch, stream);
   return for_teams(plan, shape.B, 3 * shape.D + shape.H, scratch, stream, [&](int first, int teams, TeamMemory memory) {
     LaunchConfig launch(plan, teams, shared, stream);
     return cudaLaunchKernelEx(&launch.config, kernel, args, shape, memory, statistics, first, edge);
   });
 }
 
+template <class T, int kBlocks>
+cudaError_t launch_cluster(const RecurrentArgs& args, const TeamPlan& plan, cudaStream_t stream) {
+  float edge, below;
+  marks<T>(args.norm.clamp_value, edge, below);
+  const MeshShape shape = {int(args.shape.B), int(args.shape.T), args.shape.activation};
+  const auto kernel = recurrent_cluster_forward_kernel<T, kBlocks>;
+  const cudaError_t error = allow_shared(kernel, sizeof(ClusterMemory<kBlocks>), true);
+  if (error != cudaSuccess || shape.B == 0) return error;
+  LaunchConfig launch(plan, (shape.B + kRows - 1) / kRows, sizeof(ClusterMemory<kBlocks>), stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, shape, below);
+}
+
+// Calls launch(first team, teams, memory) until all rows are computed.
+template <int kGroups, class Launch>
+cudaError_t for_meshes(const MeshPlan& plan, int64_t B, const Scratch& scratch, cudaStream_t stream,
+                       const Launch& launch) {
+  const int all = int((B + kRows - 1) / kRows), at_once = std::min(all, plan.teams);
+  const int64_t words = int64_t(at_once) * kGroups * kMeshWords;
+  uint32_t* memory = reinterpret_cast<uint32_t*>(scratch.allocate(scratch.context, words));
+  cudaError_t error = cudaSuccess;
+  for (int first = 0; first < all && error == cudaSuccess; first += at_once) {
+    const int teams = std::min(at_once, all - first);
+    error = cudaMemsetAsync(memory, 0, sizeof(uint32_t) * words, stream);
+    cudaLaunchAttribute attribute[2];
+    const cudaLaunchConfig_t config = mesh_config<kGroups>(teams, stream, attribute);
+    if (error == cudaSuccess) error = launch(config, first, memory);
+  }
+  return error;
+}
+
+template <class T, int kGroups>
+cudaError_t launch_mesh(const RecurrentArgs& args, const MeshPlan& plan, const Scratch& scratch, cudaStream_t stream) {
+  float edge, below;
+  marks<T>(args.norm.clamp_value, edge, below);
+  const MeshShape shape = {int(args.shape.B), int(args.shape.T), args.shape.activation};
+  return for_meshes<kGroups>(plan, shape.B, scratch, stream, [&](const auto& config, int first, uint32_t* memory) {
+    return cudaLaunchKernelEx(&config, recurrent_mesh_forward_kernel<T, kGroups>, args, shape, memory, first, below);
+  });
+}
+
+template <class T, int kGroups>
+cudaError_t launch_mesh(const RecurrentBackwardArgs& args, const MeshPlan& plan, const Scratch& scratch,
+                        cudaStream_t stream) {
+  float edge, below;
+  marks<T>(args.norm.clamp_value, edge, below);
+  const MeshShape shape = {int(args.shape.B), int(args.shape.T), args.shape.activation};
+  const float2* statistics = recurrent_statistics<T>(args, team_shape(args.shape, TeamPlan{1}), scratch, stream);
+  return for_meshes<kGroups>(plan, shape.B, scratch, stream, [&](const auto& config, int first, uint32_t* memory) {
+    return cudaLaunchKernelEx(&config, recurrent_mesh_backward_kernel<T, kGroups>, args, shape, memory, statistics,
+                              first, edge);
+  });
+}
+
+template <class T, int kBlocks>
+cudaError_t launch_cluster(const RecurrentBackwardArgs& args, const TeamPlan& plan, const Scratch& scratch,
+                           cudaStream_t stream) {
+  float edge, below;
+  marks<T>(args.norm.clamp_value, edge, below);
+  const MeshShape shape = {int(args.shape.B), int(args.shape.T), args.shape.activation};
+  const auto kernel = recurrent_cluster_backward_kernel<T, kBlocks>;
+  const cudaError_t error = allow_shared(kernel, sizeof(ClusterBackwardMemory<kBlocks>), true);
+  if (error != cudaSuccess || shape.B == 0) return error;
+  const float2* statistics = recurrent_statistics<T>(args, team_shape(args.shape, plan), scratch, stream);
+  LaunchConfig launch(plan, (shape.B + kRows - 1) / kRows, sizeof(ClusterBackwardMemory<kBlocks>), stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, shape, statistics, edge);
+}
+
+// Calls body(a number of the dtype, plans).
 template <class Body>
-cudaError_t with_plan(const RecurrentShape& shape, const Body& body) {
+cudaError_t with_plans(const RecurrentShape& shape, const Body& body) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const TeamPlan plan = plan_for(int(shape.D), int(shape.H), device);
-  if (plan.blocks == 0) return cudaErrorInvalidConfiguration;
-  const bool half = shape.dtype == DType::kFloat16;
-  if (plan.cluster)
-    return half ? body(__half{}, std::true_type{}, plan) : body(__nv_bfloat16{}, std::true_type{}, plan);
-  return half ? body(__half{}, std::false_type{}, plan) : body(__nv_bfloat16{}, std::false_type{}, plan);
+  const Plans plans = plans_for(int(shape.D), int(shape.H), device);
+  if (plans.team.blocks == 0) return cudaErrorInvalidConfiguration;
+  return shape.dtype == DType::kFloat16 ? body(__half{}, plans) : body(__nv_bfloat16{}, plans);
 }
 
 }  // namespace
 
 cudaError_t recurrent_forward(const RecurrentArgs& args, const Scratch& scratch, cudaStream_t stream) {
-  return with_plan(args.shape, [&](auto tag, auto cluster, const TeamPlan& plan) {
-    return launch_forward<decltype(tag), cluster>(args, plan, scratch, stream);
+  return with_plans(args.shape, [&](auto tag, const Plans& plans) {
+    using T = decltype(tag);
+    if (takes_mesh(plans, args.shape.B)) {
+      return with_groups(plans.mesh.groups,
+                         [&](auto groups) { return launch_mesh<T, groups>(args, plans.mesh, scratch, stream); });
+    }
+    if (takes_cluster(plans.team, args.shape)) {
+      return plans.team.blocks == 8 ? launch_cluster<T, 8>(args, plans.team, stream)
+                                    : launch_cluster<T, 16>(args, plans.team, stream);
+    }
+    return plans.team.cluster ? launch_forward<T, true>(args, plans.team, scratch, stream)
+                              : launch_forward<T, false>(args, plans.team, scratch, stream);
   });
 }
 
 cudaError_t recurrent_backward(const RecurrentBackwardArgs& args, const Scratch& scratch, cudaStream_t stream) {
-  return with_plan(args.shape, [&](auto tag, auto cluster, const TeamPlan& plan) {
-    return launch_backward<decltype(tag), cluster>(args, plan, scratch, stream);
+  return with_plans(args.shape, [&](auto tag, const Plans& plans) {
+    using T = decltype(tag);
+    if (takes_mesh(plans, args.shape.B) && in_pairs(args.pre) && in_pairs(args.c) && in_pairs(args.grad_pre)) {
+      return with_groups(plans.mesh.groups,
+                         [&](auto groups) { return launch_mesh<T, groups>(args, plans.mesh, scratch, stream); });
+    }
+    if (takes_cluster(plans.team, args.shape)) {
+      return plans.team.blocks == 8 ? launch_cluster<T, 8>(args, plans.team, scratch, stream)
+                                    : launch_cluster<T, 16>(args, plans.team, scratch, stream);
+    }
+    return plans.team.cluster ? launch_backward<T, true>(args, plans.team, scratch, stream)
+                              : launch_backward<T, false>(args, plans.team, scratch, stream);
   });
 }
 
 int64_t recurrent_team(int64_t D, int64_t H, int device) {
-  const TeamPlan plan = plan_for(int(D), int(H), device);
+  const TeamPlan plan = plans_for(int(D), int(H), device).team;
   return plan.cluster ? -plan.blocks : plan.blocks;
 }
 
-int64_t recurrent_teams(int64_t D, int64_t H, int device) { return plan_for(int(D), int(H), device).teams; }
+int64_t recurrent_teams(int64_t D, int64_t H, int device) { return plans_for(int(D), int(H), device).team.teams; }
+
+int64_t recurrent_meshes(int64_t D, int64_t H, int device) { return plans_for(int(D), int(H), device).mesh.teams; }
 
 }  // namespace newllm::cuda

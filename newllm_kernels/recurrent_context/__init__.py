@@ -300,7 +300,7 @@ def _supports_cuda(call: backends.Call) -> Verdict:
             "8 or 16 columns of D and at most 32 of H, whose weights fit into their shared memory (D=256, H=512 and D=768, "
             "H=1536 do)",
         )
-    how = f"a cluster of {-team} blocks" if team < 0 else f"{team} blocks"
+    how = f"a cluster of {-team} blocks" if team < 0 else f"{team} blocks, or clusters of eight where that is faster,"
     cost = costs.persistent(D, H, rows, call.device.index)
     return Verdict(True, f"CUDA C++, {how} for 16 rows, {cost} for {rows} rows")
 

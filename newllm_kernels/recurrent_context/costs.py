@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 from newllm_kernels import native
 
-# The persistent kernel: a step of one wave of teams, where a team is a cluster, and where it is n blocks that meet in L2.
-CLUSTER = (4.3, 5.3)
+# The persistent kernel: a step of one wave of teams, where a team is a cluster (of n blocks with 16 columns and 32 units each, and any
+# other), a mesh of clusters, and n blocks that meet in L2.
+CLUSTER = ((1.15, 0.115), (1.25, 0.13))
+OTHER_CLUSTER = (4.3, 5.3)
+MESH = (4.7, 6.0)
 BLOCKS = ((8.0, 0.0045), (9.6, 0.022))
 # Fused steps in a CUDA graph: a launch, of a product or of what follows it; a weight read; floating point operations a
 # microsecond. Seen between 16 and 512 rows at D = 256 and 768.
@@ -45,7 +48,13 @@ def persistent(D: int, H: int, rows: int, device: int) -> Step:
     """CUDA C++, all steps in one launch: 16 rows a team, as many teams at once as fit."""
     team, teams = native.cuda_recurrent_team(D, H, device), native.cuda_recurrent_teams(D, H, device)
     waves = max(1, -(-rows // (16 * max(1, teams))))
-    one = CLUSTER if team < 0 else tuple(base + each * team for base, each in BLOCKS)
+    meshes = native.cuda_recurrent_meshes(D, H, device)
+    if meshes and -(-rows // (16 * meshes)) <= waves:
+        return Step(*(waves * time for time in MESH))
+    if team < 0 and not (D == -16 * team and H == -32 * team and team in (-8, -16)):
+        one = OTHER_CLUSTER
+    else:
+        one = tuple(base + each * abs(team) for base, each in (CLUSTER if team < 0 else BLOCKS))
     return Step(*(waves * time for time in one))
 
 

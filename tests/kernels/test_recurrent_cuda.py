@@ -36,8 +36,16 @@ def problem(B, T, D, dtype=torch.bfloat16, ratio=2, **options):
     return made.map(lambda name, x: x.cuda())
 
 
-# B beside and past the 16 rows of a team; clusters of 4 to 16 blocks, teams of 32 and 96 (two of 32 at once, 96 one by one).
-CASES = [(5, 33, 64, 2), (16, 20, 128, 2), (37, 40, 256, 2), (3, 9, 128, 4), (50, 5, 512, 2), (19, 6, 768, 2)]
+# B beside and past the 16 rows of a team; clusters of 4 to 16 blocks, teams of 32, meshes of 8 clusters and of 12, one by one.
+CASES = [
+    (5, 33, 64, 2),
+    (16, 20, 128, 2),
+    (37, 40, 256, 2),
+    (3, 9, 128, 4),
+    (50, 5, 512, 2),
+    (9, 40, 512, 2),
+    (19, 30, 768, 2),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -80,6 +88,30 @@ def test_adjoint_of_stored_contexts(activation):
     for k, (x, y) in enumerate(zip(*found, strict=True)):
         if y.numel():
             assert relative_error(x, y.cpu().double()) <= GRADIENT_TOLERANCE[torch.bfloat16], k
+
+
+@pytest.mark.parametrize("forget", [-14.0, 14.0])
+@pytest.mark.parametrize("D", [128, 256, 768])
+def test_decays_near_zero_and_near_one(D, forget):
+    """What the forget gate keeps is 8e-7, or all but that: the values, and the product of the decays of both directions."""
+    made = problem(18, 4, D, clamp=None)
+    t = made.tensors
+    t["gate_bias"][:D] += forget
+    for name, (error, _) in errors(made).items():
+        bound = (GRADIENT_TOLERANCE if name.startswith("grad") else TOLERANCE)[torch.bfloat16]
+        assert error <= LOOPED_FACTOR * bound, (name, error)
+    weights = (t["context_weight"], None, None, t["gate_weight"], t["gate_bias"], t["weight"], t["bias"])
+    kinds = (1e-5, float("inf"), reference.ACTIVATIONS.index("silu"), reference.NORMS.index("state"))
+    exact = [None if x is None else x.cpu().double() for x in (t["z"], t["c0"], *weights)]
+    decay = backends._registry["recurrent_context"]["cuda"].forward(t["z"], t["c0"], *weights, *kinds, False, True)[3]
+    want = reference.recurrent_context(*exact, *kinds, False, True)[3]
+    assert relative_error(decay, want) <= LOOPED_FACTOR * TOLERANCE[torch.bfloat16]
+
+    # The adjoint's, from one set of pre-activations and contexts, is exact to what float32 gives.
+    c, _, pre, _ = reference.recurrent_context(t["z"], t["c0"], *weights, *kinds, True, False)
+    back = (torch.ones_like(c), None, pre, c, t["c0"], weights[0], None, weights[3], *weights[5:], *kinds, True)
+    found = [backends._registry["recurrent_context"][name].backward(*back)[4] for name in ("cuda", "reference")]
+    assert relative_error(found[0], found[1].cpu().double()) <= 1e-5
 
 
 # Two ways through time cannot be closer than their roundings: a start 1e-4 off comes out 3e-3 off, whatever T, where operands
