@@ -51,7 +51,7 @@ def persistent(D: int, H: int, rows: int, device: int) -> Step:
     meshes = native.cuda_recurrent_meshes(D, H, device)
     if meshes and -(-rows // (16 * meshes)) <= waves:
         return Step(*(waves * time for time in MESH))
-    if team < 0 and not (D == -16 * team and H == -32 * team and team in (-8, -16)):
+    if team < 0 and (team not in (-8, -16) or (-16 * team, -32 * team) != (D, H)):
         one = OTHER_CLUSTER
     else:
         one = tuple(base + each * abs(team) for base, each in (CLUSTER if team < 0 else BLOCKS))
