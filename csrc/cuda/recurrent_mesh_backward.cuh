@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const uint32_t hidden_bell = remote_address(barriers, mesh.g), context_bell = remote_address(barriers + 1, mesh.g);
   const auto start_of = [&](int n, int k) {
     const int64_t of = mesh.row(warp + k / 2 * 8);
-    return of < shape.B ? static_cast<const float*>(args.c0)[of * D + mesh.column(n) + k % 2] : 0.0f;
+    return of < shape.B && !mesh.is_sum(n) ? static_cast<const float*>(args.c0)[of * D + mesh.column(n) + k % 2] : 0.0f;
   };
 
   MeshInputs next = {};

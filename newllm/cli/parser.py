@@ -44,7 +44,12 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--random-segments", "random_segments", bool, "draw lengths from T/2, 7T/8, T and 9T/8"),
     ("--restart", "restart", float, "probability that a stream begins a segment without context, as new texts do"),
     ("--grad-accum", "grad_accum", int, "segments per optimizer step"),
-    ("--optimizer", "optimizer", ("adamw", "muon", "sgd"), "muon: of inner matrices, AdamW for the rest"),
+    (
+        "--optimizer",
+        "optimizer",
+        ("adamw", "muon", "sgd"),
+        "muon: for matrices between embedding and output, AdamW for all else",
+    ),
     ("--lr", "lr", float, "peak learning rate"),
     ("--min-lr", "min_lr", float, "learning rate at the end, as a fraction of --lr"),
     ("--warmup", "warmup", int, "steps of linear warm-up"),
