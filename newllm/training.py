@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
+from newllm.noise import Noise
 from newllm.data import Segment, Streams, fingerprint
 from newllm.errors import UserError
 from newllm.evaluation import evaluate
@@ -85,6 +86,7 @@ class Trainer:
         self.streams = Streams(
             train, config.batch_size, config.segment, config.seed, random=config.random_segments, device=self.device
         )
+        self.noise = Noise(train, model.vocab_size, config.noise, self.device) if config.noise else None
         self.graphs = Graphs(self.device, config.cuda_graph)
         self.data = f"{fingerprint(train)}/{fingerprint(valid)}"
         self.state: State | None = None
@@ -159,11 +161,13 @@ class Trainer:
     def _segment(self, segment: Segment, first: bool) -> None:
         """Forward and backward of one segment. All that differs between two with one length lies in tensors."""
         inputs, targets = self.streams.window(self._offset, segment.length)  # (B, T) each
+        if self.noise is not None:
+            inputs, targets = self.noise(inputs, targets)
         carries = self.model.carries_context
         # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
         with self.uncompiled() if carries and segment.fresh else nullcontext():
             x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
-        nll = self.weights.computing.nll(x, targets)  # (B, T)
+        nll = self.weights.computing.nll(x, targets, self.config.margin)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
         self.weights.collect_gradients(first)

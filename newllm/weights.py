@@ -42,10 +42,15 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     matrices = [p for p in parameters if p.dim() >= 2]
     inner = _inner_matrices(model) if config.optimizer == "muon" else []
     taken = {id(p) for p in inner}
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(model.head.weight)}
+    if config.embed_weight_decay is None:
+        outer = set()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) not in taken | outer], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) in outer], "weight_decay": config.embed_weight_decay or 0.0},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [g for g in groups if g["params"]]
     cuda = parameters[0].is_cuda
     lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
     if config.optimizer == "sgd":
