@@ -91,7 +91,7 @@ def new_trainer(
         model = dataclasses.replace(model, max_seq_len=config.segment)
     threads = config.threads or torch.get_num_threads()  # sums depend on it: a resumed run must use as many
     config = dataclasses.replace(config, threads=threads)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"])
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], data.tokenizer)
     if init is not None:
         trainer.start_from(weights_of(init, trainer.model, data.tokenizer))
     fill_run(run, model, data)
@@ -170,7 +170,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
         stale.unlink()
     data = run_data(run, model)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"])
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], data.tokenizer)
     trainer.load()
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from newllm import checkpoint
 from newllm.config import ModelConfig
 from newllm.noise import Noise
+from newllm.spelling import spelling_matrix
+from newllm.tokenizer import Tokenizer
 from newllm.data import Segment, Streams, fingerprint
 from newllm.errors import UserError
 from newllm.evaluation import evaluate
@@ -68,7 +70,8 @@ class Trainer:
     """Trains the model of one run folder. `train` is the loop; `save` and `load` are its whole state."""
 
     def __init__(
-        self, run: Run, model: ModelConfig, config: TrainingConfig, train: np.ndarray, valid: np.ndarray
+        self, run: Run, model: ModelConfig, config: TrainingConfig, train: np.ndarray, valid: np.ndarray,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.run, self.config, self.valid = run, config, valid
         self.device = choose_device(config.device)
@@ -78,7 +81,7 @@ class Trainer:
         np.random.seed(config.seed % 2**32)  # noqa: NPY002 - the global one, whoever draws from it
         torch.manual_seed(config.seed)
         self.model = build_model(model).to(self.device)
-        self.weights = Weights(self.model, config, compute_dtype(config.precision, self.device))
+        self.weights = Weights(self.model, config, compute_dtype(config.precision, self.device), spelling_matrix(tokenizer, config.spelling) if config.spelling else None)
         self.forward = self.weights.computing.features
         if config.compile:
             compile_layers(self.weights.computing)
@@ -269,6 +272,7 @@ class Trainer:
             checkpoint.prefixed("model", checkpoint.model_tensors(self.model))
             | checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer))
             | checkpoint.prefixed("average", self._average_tensors())
+            | checkpoint.prefixed("spelling", {} if self.weights.spelling is None else {"weight": self.weights.spelling.weight.detach()} | ({"average": self.weights.averages_[-1]} if self.weights.averages_ else {}))
             | checkpoint.prefixed("state", self.state or {})
             | checkpoint.prefixed("rng", rng_tensors)
         )
@@ -300,6 +304,12 @@ class Trainer:
         checkpoint.load_model(self.model, checkpoint.with_prefix("model", tensors), self.run.last_file)
         if self.weights.average is not None:
             checkpoint.load_model(self.weights.average, checkpoint.with_prefix("average", tensors), self.run.last_file)
+        if self.weights.spelling is not None:
+            shared = checkpoint.with_prefix("spelling", tensors)
+            with torch.no_grad():
+                self.weights.spelling.weight.copy_(shared["weight"])
+                if self.weights.averages_:
+                    self.weights.averages_[-1].copy_(shared["average"])
         self.weights.refresh_copy()
         checkpoint.load_optimizer(self.optimizer, checkpoint.with_prefix("optimizer", tensors))
         state = checkpoint.with_prefix("state", tensors)

@@ -19,7 +19,7 @@ _AT_LEAST_ONE = (
     "steps", "batch_size", "segment", "grad_accum", "eval_every", "eval_tokens", "checkpoint_every", "log_every",
     "average_every",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("warmup", "seed", "threads", "average_start")
+_AT_LEAST_ZERO = ("warmup", "seed", "threads", "average_start", "spelling")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TrainingConfig:
     schedule: str = "cosine"  # "cosine" | "linear" | "constant" after the warm-up
     weight_decay: float = 0.1  # on matrices only
     embed_weight_decay: float | None = None  # of embedding and output matrix; None: as weight_decay
+    spelling: int = 0  # features of spelling that tokens share in their embeddings (newllm/spelling.py)
     noise: float = 0.0  # share of words replaced by others, weighted as Kneser-Ney smoothing does
     beta1: float = 0.9  # of AdamW, and the momentum of sgd
     beta2: float = 0.99

@@ -32,13 +32,13 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return low
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainingConfig, further: list[Tensor] = ()) -> torch.optim.Optimizer:
     """AdamW, Muon or SGD that decays matrices and leaves vectors (biases, norms, start contexts) alone.
 
     On a GPU it is one fused kernel over all weights (of Muon: over all but its matrices), its learning rate a tensor, so that
     a CUDA graph can hold it.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in (*model.parameters(), *further) if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     inner = _inner_matrices(model) if config.optimizer == "muon" else []
     taken = {id(p) for p in inner}
@@ -79,20 +79,48 @@ def copy_all(to: list[Tensor], of: list[Tensor]) -> None:
         torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
+class Spelling:
+    """G of newllm/spelling.py, and the embedding of the computing model that it is a part of."""
+
+    def __init__(self, computing: LanguageModel, matrix: Tensor) -> None:
+        embedding = computing.embedding.weight
+        self.matrix = matrix.to(embedding.device, embedding.dtype)  # S (V, K)
+        self.weight = nn.Parameter(torch.zeros(matrix.shape[1], embedding.shape[1], device=embedding.device))  # G (K, E)
+        self.weight.grad = torch.zeros_like(self.weight)
+        self.embedding = embedding
+
+    @torch.no_grad()
+    def add(self, weights: list[Tensor], copies: list[Tensor], shared: Tensor) -> None:
+        """Write E_word + S G where E_word has been copied to."""
+        word = next(weight for weight, low in zip(weights, copies, strict=True) if low is self.embedding)
+        self.embedding.copy_(word + (self.matrix @ shared.to(self.matrix.dtype)))
+
+    def gradient(self) -> Tensor:
+        """Of G, after a backward."""
+        return (self.matrix.t() @ self.embedding.grad).to(self.weight.dtype)
+
+
 class Weights:
     """`masters` are trained, `computing` computes forward and backward (the same module in float32), `average` is what is
     evaluated where the config wants one (else None)."""
 
-    def __init__(self, masters: LanguageModel, config: TrainingConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, masters: LanguageModel, config: TrainingConfig, dtype: torch.dtype, spelling: Tensor | None = None
+    ) -> None:
         self.masters, self.config = masters, config
         self.computing = in_dtype(masters, dtype)
-        self.optimizer = make_optimizer(masters, config)
-        self.parameters = list(masters.parameters())
+        if spelling is not None and self.computing is masters:
+            self.computing = copy.deepcopy(masters)
+        self.spelling = None if spelling is None else Spelling(self.computing, spelling)
+        shared = [] if self.spelling is None else [self.spelling.weight]
+        self.optimizer = make_optimizer(masters, config, shared)
+        self.parameters = [*masters.parameters(), *shared]
         self.copies = [] if self.computing is masters else list(self.computing.parameters())
         if self.parameters[0].is_cuda:  # for graphs: memory that stays
             for master in self.parameters:
                 master.grad = torch.zeros_like(master)
         self.average = copy.deepcopy(masters).requires_grad_(False) if config.average else None
+        self.averages_ = [] if self.average is None else [*self.average.parameters(), *(p.detach().clone() for p in shared)]
         device = self.parameters[0].device
         self.rate = torch.zeros((), device=device)  # of the step to be averaged
         self.grad_norm = torch.zeros((), device=device)  # of the last step, before clipping
@@ -118,12 +146,14 @@ class Weights:
         """Take over the gradients of the copy; `first`: of the step, so that there is nothing to add them to."""
         if not self.copies:
             return  # autograd has added them up where they belong
-        for master, low in zip(self.parameters, self.copies, strict=True):
+        for master, low in zip(self.parameters, self.copies, strict=self.spelling is None):
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             if low.grad is None:  # a start context in the middle of a text
                 low.grad = torch.zeros_like(low)
         masters, lows = [p.grad for p in self.parameters], [p.grad for p in self.copies]
+        if self.spelling is not None:
+            lows.append(self.spelling.gradient())
         if first:
             copy_all(masters, lows)
         else:
@@ -137,19 +167,28 @@ class Weights:
         self.grad_norm.copy_(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         self.optimizer.step()
         if averaged:
-            average = list(self.average.parameters())
-            ahead = torch._foreach_sub(self.parameters, average)
+            ahead = torch._foreach_sub(self.parameters, self.averages_)
             torch._foreach_mul_(ahead, self.rate)
-            torch._foreach_add_(average, ahead)
+            torch._foreach_add_(self.averages_, ahead)
         if self.copies:
-            copy_all(self.copies, self.parameters)
+            self._copy(self.parameters)
         else:
             # A graph adds to the memory it was captured with, so on a GPU that has to stay.
             self.optimizer.zero_grad(set_to_none=not self.parameters[0].is_cuda)
 
+    def _copy(self, weights: list[Tensor]) -> None:
+        """Let these compute."""
+        if self.spelling is None:
+            copy_all(self.copies, weights)
+            return
+        *weights, shared = weights
+        copy_all(self.copies, weights)
+        self.spelling.add(weights, self.copies, shared)
+
     def refresh_copy(self) -> None:
         """After the masters were written from outside."""
-        copy_all(self.copies, self.parameters if self.copies else [])
+        if self.copies:
+            self._copy(self.parameters)
 
     def evaluated(self, steps: int) -> LanguageModel:
         """The model that stands for this run after `steps` steps, computing as it does: the average once there is one.
@@ -158,5 +197,5 @@ class Weights:
             return self.computing
         if not self.copies:
             return self.average
-        copy_all(self.copies, list(self.average.parameters()))
+        self._copy(self.averages_)
         return self.computing

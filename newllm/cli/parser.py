@@ -58,6 +58,7 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--schedule", "schedule", ("cosine", "linear", "constant"), "of the learning rate after the warm-up"),
     ("--weight-decay", "weight_decay", float, "on matrices only"),
     ("--embed-weight-decay", "embed_weight_decay", float, "of embedding and output matrix (default: as the others)"),
+    ("--spelling", "spelling", int, "features of spelling that tokens share in their embeddings"),
     ("--noise", "noise", float, "share of words replaced by others, weighted as Kneser-Ney smoothing does"),
     ("--beta1", "beta1", float, "AdamW's, or the momentum of sgd"),
     ("--beta2", "beta2", float, "AdamW's"),
