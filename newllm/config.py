@@ -20,7 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 _POSITIVE_INTS = (
     "vocab_size", "embed_dim", "hidden_dim", "context_dim", "num_layers", "ffn_dim", "hops", "num_heads", "max_seq_len",
-    "softmaxes", "conv_width",
+    "softmaxes",
 )  # fmt: skip
 
 
@@ -49,13 +49,11 @@ class ModelConfig:
     hops: int = 1  # K, read where coupling is "hops"
     norm: str | None = "output"  # LayerNorm "state": in the loop | "output": on what is read | None
     clamp: float = 10.0  # bound on the normalised context
-    conv_width: int = 1  # steps that a mixer sees of its input: 1, or a short causal convolution over this many
     dropout: float = 0.0  # of what a layer adds to the residual stream
     input_dropout: float | None = None  # of the embedded tokens; None: as `dropout`
     output_dropout: float = 0.0  # of what the output matrix reads
     embed_dropout: float = 0.0  # of whole words, wherever they stand in the segment
     recurrent_dropout: float = 0.0  # of single weights between the last context and the gates (DropConnect)
-    weight_dropout: float = 0.0  # of single weights of all other matrices inside the layers (DropConnect)
     locked_dropout: bool = False  # one mask for all steps of a text ("variational"), for `dropout`, input and output
     softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
     tie_embeddings: bool = True
@@ -71,7 +69,7 @@ class ModelConfig:
         self._require_choice("coupling", COUPLINGS)
         self._require_choice("norm", NORMS)
         self._require(_is_number(self.clamp) and self.clamp > 0, "clamp", "a finite number above 0")
-        for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout", "weight_dropout"):
+        for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout"):
             value = getattr(self, name)
             fits = (_is_number(value) and 0 <= value < 1) or (name == "input_dropout" and value is None)
             self._require(fits, name, "a number in [0, 1)")

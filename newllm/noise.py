@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 class Noise:
+    """Draws noise for pairs of inputs and targets; a CUDA graph can hold it."""
+
     def __init__(self, tokens: np.ndarray, vocab_size: int, noise: float, device: torch.device) -> None:
+        """tokens (n,): the training text. noise: from 0 to 1, the probability for a word that never has the same follower twice."""
         pairs = np.unique(tokens[:-1].astype(np.int64) * vocab_size + tokens[1:])  # each once
         after = np.bincount(pairs // vocab_size, minlength=vocab_size)  # N(x .)
         before = np.bincount(pairs % vocab_size, minlength=vocab_size)  # N(. y)
@@ -26,7 +29,7 @@ class Noise:
         self.cumulative = torch.from_numpy(np.cumsum(before) / before.sum()).to(device, torch.float32)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs, targets (B, T) int64 -> the same with noise."""
+        """inputs, targets (B, T) int64 -> the same, with pairs replaced."""
         chosen = torch.rand(inputs.shape, device=inputs.device) < self.probability[inputs]
         return torch.where(chosen, self._draw(inputs), inputs), torch.where(chosen, self._draw(targets), targets)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
@@ -15,6 +16,7 @@ from newllm.errors import UserError, typed_path
 from newllm.model import LanguageModel
 from newllm.prepared import is_prepared, load_prepared
 from newllm.run import Run
+from newllm.spelling import spelling_matrix
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from newllm.training import Trainer
 from newllm.training_config import TrainingConfig
@@ -91,13 +93,17 @@ def new_trainer(
         model = dataclasses.replace(model, max_seq_len=config.segment)
     threads = config.threads or torch.get_num_threads()  # sums depend on it: a resumed run must use as many
     config = dataclasses.replace(config, threads=threads)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], data.tokenizer)
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], _spelling(config, data))
     if init is not None:
         trainer.start_from(weights_of(init, trainer.model, data.tokenizer))
     fill_run(run, model, data)
     trainer.save()
     write_config(run, model, config, data_record(data), command, init)
     return trainer
+
+
+def _spelling(config: TrainingConfig, data: Data) -> Tensor | None:
+    return spelling_matrix(data.tokenizer, config.spelling) if config.spelling else None
 
 
 def fill_run(run: Run, model: ModelConfig, data: Data) -> None:
@@ -170,7 +176,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
         stale.unlink()
     data = run_data(run, model)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], data.tokenizer)
+    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], _spelling(config, data))
     trainer.load()
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")

@@ -4,15 +4,15 @@ While a model trains, its embedding is a sum,
 
     E = E_word + S G,      S[w, g] = 1 / sqrt(number of features of w) where the spelling of w has feature g, else 0
 
-E_word (V, E) has a row of its own for every token, G (K, E) one for every feature of spelling. Weight decay draws both to zero,
-so what the text says little of is left with what its letters say. E is what computes, is evaluated and kept: the trained model is
-one like any other, with V rows and nothing to look up.
+E_word (V, E) has a row of its own for every token, G (K, E) one for every feature of spelling; both are decayed like any other matrix,
+so that a word of which the text says little is left with what its letters say. E is what computes, is evaluated and kept: the
+trained model is one like any other, with V rows and nothing to look up.
 
-Features are the runs of one to five letters of a token in lower case between marks of its beginning and end, the whole of it,
-and its shape: capitals, small letters, digits and other signs, each run of a kind once. Kept are the K that most tokens have.
+Features are the runs of one to five characters of a token in lower case between marks of its beginning and end, the whole of
+it, and its shape (capitals, small letters, digits and other signs, each run of a kind once). The K that most tokens have are kept.
 
-After: Bojanowski, Grave, Joulin and Mikolov, "Enriching word vectors with subword information" (2017), whose features are hashed;
-here G also stands behind the output matrix where that is the embedding.
+After: Bojanowski, Grave, Joulin and Mikolov, "Enriching word vectors with subword information" (2017), whose features are hashed
+and serve the input alone; here, where the output matrix is the embedding, it shares them too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from newllm.tokenizer import EOS, UNKNOWN, Tokenizer
 
-LONGEST = 5  # letters of a feature
+LONGEST = 5  # characters of a feature
 
 
 def features_of(token: str) -> set[str]:
@@ -43,14 +43,33 @@ def _shape(token: str) -> str:
 
 
 def spelling_matrix(tokenizer: Tokenizer, count: int) -> Tensor:
-    """S (V, K), float32, K = count or, of a small vocabulary, as many features as two tokens share."""
-    sets = [features_of(tokenizer.inner.id_to_token(index)) for index in range(tokenizer.vocab_size)]
-    shared = Counter(feature for each in sets for feature in each)
-    common = sorted((feature for feature, n in shared.items() if n > 1), key=lambda feature: (-shared[feature], feature))
-    column = {feature: index for index, feature in enumerate(common[:count])}
-    S = torch.zeros(len(sets), len(column))
-    for row, each in enumerate(sets):
-        kept = [column[feature] for feature in each if feature in column]
+    """S (V, K), float32, dense: K = count, or as many features as two tokens share where these are fewer."""
+    tokens = [features_of(tokenizer.inner.id_to_token(index)) for index in range(tokenizer.vocab_size)]
+    found = Counter(feature for features in tokens for feature in features)
+    shared = sorted((feature for feature, n in found.items() if n > 1), key=lambda feature: (-found[feature], feature))
+    column = {feature: index for index, feature in enumerate(shared[:count])}
+    S = torch.zeros(len(tokens), len(column))
+    for row, features in enumerate(tokens):
+        kept = [column[feature] for feature in features if feature in column]
         if kept:
             S[row, kept] = len(kept) ** -0.5
     return S
+
+
+class Spelling:
+    """G of a model in training, which begins as zero, and the embedding that it is a part of."""
+
+    def __init__(self, matrix: Tensor, embedding: Tensor) -> None:
+        """matrix: S (V, K). embedding: (V, E), which computes and gets the gradients."""
+        self.matrix = matrix.to(embedding)  # dense: one product each way, sums in a fixed order
+        self.weight = nn.Parameter(torch.zeros(matrix.shape[1], embedding.shape[1], device=embedding.device))  # float32
+        self.embedding = embedding
+
+    @torch.no_grad()
+    def write(self, word: Tensor, shared: Tensor) -> None:
+        """embedding = E_word + S G, of word (V, E) and shared (K, E)."""
+        self.embedding.copy_(word + self.matrix @ shared.to(self.matrix.dtype))
+
+    def gradient(self) -> Tensor:
+        """Of G (K, E), from the embedding's."""
+        return self.matrix.t() @ self.embedding.grad

@@ -26,14 +26,12 @@ from tqdm import tqdm
 
 from newllm import checkpoint
 from newllm.config import ModelConfig
-from newllm.noise import Noise
-from newllm.spelling import spelling_matrix
-from newllm.tokenizer import Tokenizer
 from newllm.data import Segment, Streams, fingerprint
 from newllm.errors import UserError
 from newllm.evaluation import evaluate
 from newllm.graphs import Graphs
 from newllm.model import LanguageModel, State, build_model
+from newllm.noise import Noise
 from newllm.run import Run
 from newllm.speed import peak_flops, training_flops_per_token
 from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
@@ -70,8 +68,13 @@ class Trainer:
     """Trains the model of one run folder. `train` is the loop; `save` and `load` are its whole state."""
 
     def __init__(
-        self, run: Run, model: ModelConfig, config: TrainingConfig, train: np.ndarray, valid: np.ndarray,
-        tokenizer: Tokenizer | None = None,
+        self,
+        run: Run,
+        model: ModelConfig,
+        config: TrainingConfig,
+        train: np.ndarray,
+        valid: np.ndarray,
+        spelling: Tensor | None = None,
     ) -> None:
         self.run, self.config, self.valid = run, config, valid
         self.device = choose_device(config.device)
@@ -81,7 +84,7 @@ class Trainer:
         np.random.seed(config.seed % 2**32)  # noqa: NPY002 - the global one, whoever draws from it
         torch.manual_seed(config.seed)
         self.model = build_model(model).to(self.device)
-        self.weights = Weights(self.model, config, compute_dtype(config.precision, self.device), spelling_matrix(tokenizer, config.spelling) if config.spelling else None)
+        self.weights = Weights(self.model, config, compute_dtype(config.precision, self.device), spelling)
         self.forward = self.weights.computing.features
         if config.compile:
             compile_layers(self.weights.computing)
@@ -170,7 +173,7 @@ class Trainer:
         # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
         with self.uncompiled() if carries and segment.fresh else nullcontext():
             x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
-        nll = self.weights.computing.nll(x, targets, self.config.margin)  # (B, T)
+        nll = self.weights.computing.nll(x, targets)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
         self.weights.collect_gradients(first)
@@ -272,7 +275,7 @@ class Trainer:
             checkpoint.prefixed("model", checkpoint.model_tensors(self.model))
             | checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer))
             | checkpoint.prefixed("average", self._average_tensors())
-            | checkpoint.prefixed("spelling", {} if self.weights.spelling is None else {"weight": self.weights.spelling.weight.detach()} | ({"average": self.weights.averages_[-1]} if self.weights.averages_ else {}))
+            | checkpoint.prefixed("spelling", self.weights.spelling_tensors())
             | checkpoint.prefixed("state", self.state or {})
             | checkpoint.prefixed("rng", rng_tensors)
         )
@@ -304,12 +307,7 @@ class Trainer:
         checkpoint.load_model(self.model, checkpoint.with_prefix("model", tensors), self.run.last_file)
         if self.weights.average is not None:
             checkpoint.load_model(self.weights.average, checkpoint.with_prefix("average", tensors), self.run.last_file)
-        if self.weights.spelling is not None:
-            shared = checkpoint.with_prefix("spelling", tensors)
-            with torch.no_grad():
-                self.weights.spelling.weight.copy_(shared["weight"])
-                if self.weights.averages_:
-                    self.weights.averages_[-1].copy_(shared["average"])
+        self.weights.load_spelling(checkpoint.with_prefix("spelling", tensors))
         self.weights.refresh_copy()
         checkpoint.load_optimizer(self.optimizer, checkpoint.with_prefix("optimizer", tensors))
         state = checkpoint.with_prefix("state", tensors)

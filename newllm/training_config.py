@@ -38,7 +38,6 @@ class TrainingConfig:
     warmup: int = 50  # steps
     schedule: str = "cosine"  # "cosine" | "linear" | "constant" after the warm-up
     weight_decay: float = 0.1  # on matrices only
-    embed_weight_decay: float | None = None  # of embedding and output matrix; None: as weight_decay
     spelling: int = 0  # features of spelling that tokens share in their embeddings (newllm/spelling.py)
     noise: float = 0.0  # share of words replaced by others, weighted as Kneser-Ney smoothing does
     beta1: float = 0.9  # of AdamW, and the momentum of sgd
@@ -47,7 +46,6 @@ class TrainingConfig:
     average: float = 0.0  # decay of the running average of weights that is evaluated; 1: plain mean; 0: none
     average_start: int = 0  # step from which weights are averaged
     average_every: int = 1  # steps between weights that are averaged; the decay is per step all the same
-    margin: float = 0.0  # by which a target's logit is lowered, in lengths of its row and of the features
     activation_penalty: float = 0.0  # AR: times the mean square of the features
     change_penalty: float = 0.0  # TAR: times the mean square of their change from step to step
     eval_every: int = 100
@@ -74,7 +72,6 @@ class TrainingConfig:
             ("clip", "a number above 0", lambda x: x > 0),
             ("weight_decay", "a number of at least 0", lambda x: x >= 0),
             ("noise", "a number from 0 to 1", lambda x: 0 <= x <= 1),
-            ("margin", "a number of at least 0", lambda x: x >= 0),
             ("activation_penalty", "a number of at least 0", lambda x: x >= 0),
             ("change_penalty", "a number of at least 0", lambda x: x >= 0),
             ("min_lr", "a fraction from 0 to 1", lambda x: 0 <= x <= 1),

@@ -11,6 +11,7 @@ rate of averaging, lies in tensors.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from newllm.model import LanguageModel
 from newllm.muon import Muon
+from newllm.spelling import Spelling
 from newllm.training_config import TrainingConfig
 
 
@@ -32,8 +34,9 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return low
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig, further: list[Tensor] = ()) -> torch.optim.Optimizer:
-    """AdamW, Muon or SGD that decays matrices and leaves vectors (biases, norms, start contexts) alone.
+def make_optimizer(model: nn.Module, config: TrainingConfig, further: Sequence[Tensor] = ()) -> torch.optim.Optimizer:
+    """AdamW, Muon or SGD over a model's weights and `further` ones that decays matrices and leaves vectors (biases, norms, start
+    contexts) alone.
 
     On a GPU it is one fused kernel over all weights (of Muon: over all but its matrices), its learning rate a tensor, so that
     a CUDA graph can hold it.
@@ -42,15 +45,10 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, further: list[Tenso
     matrices = [p for p in parameters if p.dim() >= 2]
     inner = _inner_matrices(model) if config.optimizer == "muon" else []
     taken = {id(p) for p in inner}
-    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(model.head.weight)}
-    if config.embed_weight_decay is None:
-        outer = set()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in matrices if id(p) not in taken | outer], "weight_decay": config.weight_decay},
-        {"params": [p for p in matrices if id(p) in outer], "weight_decay": config.embed_weight_decay or 0.0},
+        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
     cuda = parameters[0].is_cuda
     lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
     if config.optimizer == "sgd":
@@ -79,30 +77,10 @@ def copy_all(to: list[Tensor], of: list[Tensor]) -> None:
         torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
-class Spelling:
-    """G of newllm/spelling.py, and the embedding of the computing model that it is a part of."""
-
-    def __init__(self, computing: LanguageModel, matrix: Tensor) -> None:
-        embedding = computing.embedding.weight
-        self.matrix = matrix.to(embedding.device, embedding.dtype)  # S (V, K)
-        self.weight = nn.Parameter(torch.zeros(matrix.shape[1], embedding.shape[1], device=embedding.device))  # G (K, E)
-        self.weight.grad = torch.zeros_like(self.weight)
-        self.embedding = embedding
-
-    @torch.no_grad()
-    def add(self, weights: list[Tensor], copies: list[Tensor], shared: Tensor) -> None:
-        """Write E_word + S G where E_word has been copied to."""
-        word = next(weight for weight, low in zip(weights, copies, strict=True) if low is self.embedding)
-        self.embedding.copy_(word + (self.matrix @ shared.to(self.matrix.dtype)))
-
-    def gradient(self) -> Tensor:
-        """Of G, after a backward."""
-        return (self.matrix.t() @ self.embedding.grad).to(self.weight.dtype)
-
-
 class Weights:
     """`masters` are trained, `computing` computes forward and backward (the same module in float32), `average` is what is
-    evaluated where the config wants one (else None)."""
+    evaluated where the config wants one (else None). `spelling`: S of newllm/spelling.py; then the masters' embedding is
+    E_word, and the one that computes the sum."""
 
     def __init__(
         self, masters: LanguageModel, config: TrainingConfig, dtype: torch.dtype, spelling: Tensor | None = None
@@ -111,16 +89,18 @@ class Weights:
         self.computing = in_dtype(masters, dtype)
         if spelling is not None and self.computing is masters:
             self.computing = copy.deepcopy(masters)
-        self.spelling = None if spelling is None else Spelling(self.computing, spelling)
+        self.spelling = None if spelling is None else Spelling(spelling, self.computing.embedding.weight)
         shared = [] if self.spelling is None else [self.spelling.weight]
         self.optimizer = make_optimizer(masters, config, shared)
-        self.parameters = [*masters.parameters(), *shared]
+        self.parameters = [*masters.parameters(), *shared]  # G last
         self.copies = [] if self.computing is masters else list(self.computing.parameters())
         if self.parameters[0].is_cuda:  # for graphs: memory that stays
             for master in self.parameters:
                 master.grad = torch.zeros_like(master)
         self.average = copy.deepcopy(masters).requires_grad_(False) if config.average else None
-        self.averages_ = [] if self.average is None else [*self.average.parameters(), *(p.detach().clone() for p in shared)]
+        self.averaged = (
+            [] if self.average is None else [*self.average.parameters(), *(p.detach().clone() for p in shared)]
+        )
         device = self.parameters[0].device
         self.rate = torch.zeros((), device=device)  # of the step to be averaged
         self.grad_norm = torch.zeros((), device=device)  # of the last step, before clipping
@@ -146,9 +126,10 @@ class Weights:
         """Take over the gradients of the copy; `first`: of the step, so that there is nothing to add them to."""
         if not self.copies:
             return  # autograd has added them up where they belong
-        for master, low in zip(self.parameters, self.copies, strict=self.spelling is None):
+        for master in self.parameters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        for low in self.copies:
             if low.grad is None:  # a start context in the middle of a text
                 low.grad = torch.zeros_like(low)
         masters, lows = [p.grad for p in self.parameters], [p.grad for p in self.copies]
@@ -167,9 +148,9 @@ class Weights:
         self.grad_norm.copy_(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         self.optimizer.step()
         if averaged:
-            ahead = torch._foreach_sub(self.parameters, self.averages_)
+            ahead = torch._foreach_sub(self.parameters, self.averaged)
             torch._foreach_mul_(ahead, self.rate)
-            torch._foreach_add_(self.averages_, ahead)
+            torch._foreach_add_(self.averaged, ahead)
         if self.copies:
             self._copy(self.parameters)
         else:
@@ -177,13 +158,11 @@ class Weights:
             self.optimizer.zero_grad(set_to_none=not self.parameters[0].is_cuda)
 
     def _copy(self, weights: list[Tensor]) -> None:
-        """Let these compute."""
-        if self.spelling is None:
-            copy_all(self.copies, weights)
-            return
-        *weights, shared = weights
-        copy_all(self.copies, weights)
-        self.spelling.add(weights, self.copies, shared)
+        """Give the copy these weights, which are in the order of `parameters`."""
+        copy_all(self.copies, weights[: len(self.copies)])
+        if self.spelling is not None:
+            word = next(w for w, low in zip(weights, self.copies, strict=False) if low is self.spelling.embedding)
+            self.spelling.write(word, weights[-1])
 
     def refresh_copy(self) -> None:
         """After the masters were written from outside."""
@@ -197,5 +176,17 @@ class Weights:
             return self.computing
         if not self.copies:
             return self.average
-        self._copy(self.averages_)
+        self._copy(self.averaged)
         return self.computing
+
+    def spelling_tensors(self) -> dict[str, Tensor]:
+        """G and its average, for a checkpoint; nothing where there is none."""
+        if self.spelling is None:
+            return {}
+        return {"weight": self.spelling.weight.detach()} | ({"average": self.averaged[-1]} if self.averaged else {})
+
+    @torch.no_grad()
+    def load_spelling(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `spelling_tensors`; `refresh_copy` afterwards."""
+        for name, own in self.spelling_tensors().items():
+            own.copy_(tensors[name])

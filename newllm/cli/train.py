@@ -102,9 +102,8 @@ def summarise(trainer: Trainer, data: Data) -> dict[str, object]:
     folder = trainer.run
     peak = peak_memory(trainer.device)  # before the best model joins the last one
     tensors, info = checkpoint.load(folder.best_file)
-    checkpoint.load_model(trainer.model, checkpoint.with_prefix("model", tensors), folder.best_file)
-    trainer.weights.refresh_copy()
     model = trainer.weights.computing
+    checkpoint.load_model(model, checkpoint.with_prefix("model", tensors), folder.best_file)
     counts = folder.unigram_counts(model.config.vocab_size)
     summary: dict[str, object] = {"steps": trainer.step, "best_step": info["step"]}
     for split in ("valid", "test"):

@@ -57,16 +57,12 @@ class LanguageModel(nn.Module):
         each = self.head(self._drop_latent(latent)).to(shares.dtype).log_softmax(-1)  # (B, T, K, V)
         return (shares[..., None] + each).logsumexp(-2)
 
-    def nll(self, x: Tensor, targets: Tensor, margin: float = 0.0) -> Tensor:
-        """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32.
-
-        `margin`: what the target's row of the output matrix is moved by against the features, as a share of its length.
-        """
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32."""
         B, T, F_ = x.shape
         if self.mixture is None:
             x = self.output_dropout(x)
-            nll = linear_cross_entropy(x.reshape(-1, F_), self.head.weight, targets.reshape(-1)).view(B, T)
-            return nll if margin == 0 else with_margin(nll, x, self.head.weight, targets, margin)
+            return linear_cross_entropy(x.reshape(-1, F_), self.head.weight, targets.reshape(-1)).view(B, T)
         shares, latent = self.mixture(x)
         repeated = targets[..., None].expand(shares.shape)  # (B, T, K)
         latent = self._drop_latent(latent).reshape(-1, F_)
@@ -97,27 +93,6 @@ class LanguageModel(nn.Module):
         for key, value in state.items():
             if value.shape[0] != tokens.shape[0]:
                 raise ValueError(f"state[{key!r}]: holds {value.shape[0]} rows, tokens {tokens.shape[0]}")
-
-
-def with_margin(nll: Tensor, x: Tensor, weight: Tensor, targets: Tensor, margin: float) -> Tensor:
-    """The nll (B, T) of targets (B, T) whose logits are lower by m = margin * |w_target| * |x|.
-
-    With p = exp(-nll), the softmax's share of the target: nll + m + log(1 - p (1 - exp(-m))).
-    """
-    length = weight.detach()[targets].float().norm(dim=-1)  # (B, T)
-    m = margin * length * x.float().norm(dim=-1)
-    return nll + m + torch.log1p(-torch.exp(-nll) * -torch.expm1(-m))
-
-
-class Linear(nn.Linear):
-    """In training single weights are dropped with probability p (DropConnect), the same for all rows and steps of a call."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, p: float = 0.0) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, F.dropout(self.weight, self.p, self.training and self.p > 0), self.bias)
 
 
 class Dropout(nn.Module):
@@ -180,10 +155,10 @@ class Mixture(nn.Module):
 class SwiGLU(nn.Module):
     """Feed-forward network W_o (silu(W_a x) * W_b x) of inner width F: (..., E) -> (..., E)."""
 
-    def __init__(self, embed_dim: int, ffn_dim: int, p: float = 0.0) -> None:
+    def __init__(self, embed_dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate_and_value = Linear(embed_dim, 2 * ffn_dim, bias=False, p=p)  # W_a and W_b in one product
-        self.out = Linear(ffn_dim, embed_dim, bias=False, p=p)
+        self.gate_and_value = nn.Linear(embed_dim, 2 * ffn_dim, bias=False)  # W_a and W_b in one product
+        self.out = nn.Linear(ffn_dim, embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_and_value(x).chunk(2, dim=-1)  # (..., F) each

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from newllm.config import ModelConfig
-from newllm.model.common import ACTIVATION, Linear, init_linear
+from newllm.model.common import ACTIVATION, init_linear
 from newllm_kernels import (
     LayerNorm,
     context_scan_packed,
@@ -52,7 +52,7 @@ class ContextCell(nn.Module):
         self.solver = Solver("auto")  # of coupling="full" on a GPU
 
         first_width = H if config.fnn_layers else 3 * D
-        self.from_x = Linear(E, first_width, p=config.weight_dropout)
+        self.from_x = nn.Linear(E, first_width)
         self.from_context = nn.Linear(D, first_width, bias=False) if config.reads_context else None
         self.hidden_layers = nn.ModuleList(nn.Linear(H, H) for _ in range(config.fnn_layers - 1))
         self.to_gates = nn.Linear(H, 3 * D) if config.fnn_layers else None
@@ -189,33 +189,14 @@ def shift(contexts: Tensor, start: Tensor) -> Tensor:
     return torch.cat((start[:, None].to(contexts.dtype), contexts[:, :-1]), dim=1)
 
 
-class ShortConvolution(nn.Module):
-    """y_t = x_t + sum_j w_j * x_{t-j}, j = 1 ... width - 1, each feature by itself. Begins as the identity."""
-
-    def __init__(self, embed_dim: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width - 1, embed_dim))
-
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, E), past (B, width - 1, E), the inputs before -> (y (B, T, E), new past)."""
-        T, before = x.shape[1], past.shape[1]
-        padded = torch.cat((past.to(x.dtype), x), dim=1)
-        weight = self.weight.to(x.dtype)
-        y = x
-        for j in range(1, before + 1):
-            y = torch.addcmul(y, padded[:, before - j : before - j + T], weight[j - 1])
-        return y, padded[:, T:]
-
-
 class ContextMixer(nn.Module):
     """Mixes along time: y_t = W_o (r_t * silu(W_s x_t)), r_t what the cell's context reads as after step t."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.cell = ContextCell(config)
-        self.output_gate = Linear(config.embed_dim, config.context_dim, bias=False, p=config.weight_dropout)
-        self.out = Linear(config.context_dim, config.embed_dim, bias=False, p=config.weight_dropout)
-        self.conv = ShortConvolution(config.embed_dim, config.conv_width) if config.conv_width > 1 else None
+        self.output_gate = nn.Linear(config.embed_dim, config.context_dim, bias=False)
+        self.out = nn.Linear(config.context_dim, config.embed_dim, bias=False)
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), state (B, K, D) -> (y (B, T, E), new state (B, K, D))."""

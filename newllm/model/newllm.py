@@ -25,18 +25,15 @@ class Block(nn.Module):
         self.mixer_norm = LayerNorm(config.embed_dim)
         self.mixer = ContextMixer(config)
         self.ffn_norm = LayerNorm(config.embed_dim)
-        self.ffn = SwiGLU(config.embed_dim, config.ffn_dim, config.weight_dropout)
+        self.ffn = SwiGLU(config.embed_dim, config.ffn_dim)
         self.dropout = Dropout(config.dropout, config.locked_dropout)
 
-    def forward(self, x: Tensor, state: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (B, T, E), state (B, K, D), past (B, width - 1, E) -> the same, one layer on and T steps on."""
-        read = self.mixer_norm(x)
-        if past is not None:
-            read, past = self.mixer.conv(read, past)
-        y, state = self.mixer(read, state)
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, E), state (B, K, D) -> the same, one layer on and T steps on."""
+        y, state = self.mixer(self.mixer_norm(x), state)
         x = x + self.dropout(y)
         x = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return x, state, past
+        return x, state
 
 
 class NewLLM(LanguageModel):
@@ -68,23 +65,15 @@ class NewLLM(LanguageModel):
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         cells = (block.mixer.cell for block in self.blocks)
-        state = {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
-        if self.config.conv_width > 1:
-            for key in self._keys():
-                w = self.embedding.weight
-                state[key.replace("context", "inputs")] = torch.zeros(batch_size, self.config.conv_width - 1, self.config.embed_dim, device=device or w.device, dtype=w.dtype)
-        return state
+        return {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64 -> features (B, T, E), state after the last token."""
-        self.check_inputs(tokens, state, list(self.initial_state(1)) )
+        self.check_inputs(tokens, state, self._keys())
         if state is None:
             state = self.initial_state(tokens.shape[0])
         x = self.dropout(self.embedding(tokens))  # (B, T, E)
         new_state = {}
         for key, block in zip(self._keys(), self.blocks, strict=True):
-            inputs = key.replace("context", "inputs")
-            x, new_state[key], past = block(x, state[key], state.get(inputs))
-            if past is not None:
-                new_state[inputs] = past
+            x, new_state[key] = block(x, state[key])
         return self.final_norm(x), new_state

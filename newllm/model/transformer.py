@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.attention_norm = LayerNorm(config.embed_dim)
         self.attention = Attention(config)
         self.ffn_norm = LayerNorm(config.embed_dim)
-        self.ffn = SwiGLU(config.embed_dim, config.ffn_dim, config.weight_dropout)
+        self.ffn = SwiGLU(config.embed_dim, config.ffn_dim)
         self.dropout = Dropout(config.dropout, config.locked_dropout)
 
     def forward(

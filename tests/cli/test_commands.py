@@ -86,6 +86,7 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(newllm, text):
         ["--hops", 2, "--fnn-layers", 1, "--hidden-dim", 12, "--activation", "relu"],
         ["--coupling", "full", "--norm", "state", "--no-tie-embeddings", "--optimizer", "muon"],
         ["--norm", "none", "--grad-accum", 2, "--precision", "bfloat16"],
+        ["--spelling", 30, "--noise", 0.2, "--grad-accum", 2, "--no-tie-embeddings"],
         [
             "--softmaxes",
             2,
@@ -104,6 +105,20 @@ def test_every_kind_of_model_trains_is_scored_and_writes(newllm, text, options):
     assert newllm("train", "--data", text, *TINY, "--steps", 4, *options).code == 0
     assert newllm("eval").code == 0
     assert newllm("generate", "The cat", "--max-tokens", 4).code == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--average", 0.5], ["--precision", "bfloat16"]], ids=str)
+def test_a_run_with_spelling_keeps_what_it_evaluated(newllm, text, options):
+    """The summary, `newllm eval` and the last line of metrics.jsonl are about one model."""
+    assert (
+        newllm("train", "--data", text, *TINY, "--spelling", 50, "--eval-tokens", 10**6, "--run", "s", *options).code
+        == 0
+    )
+    best = min(record["valid_loss"] for record in find_run("s").metrics() if "valid_loss" in record)
+    summary = json.loads((find_run("s").path / "summary.json").read_text())
+    evaluated = json.loads(newllm("eval", "s", "--json").out)["splits"]["valid"]["loss"]
+    assert summary["valid"]["loss"] == pytest.approx(best, rel=1e-6)
+    assert evaluated == pytest.approx(best, rel=1e-6)
 
 
 def test_word_level_from_a_folder_with_its_own_split(newllm, tmp_path):

@@ -35,7 +35,8 @@ def trained(folder, model, stops=(30,), **changes):
     tokens = np.random.default_rng(0).integers(101, size=1500, dtype=np.uint16)
     for stop in stops:
         config = dataclasses.replace(CONFIG, **changes)
-        trainer = Trainer(Run(folder), model, config, tokens, tokens[:200])
+        spelling = torch.eye(101, config.spelling) if config.spelling else None
+        trainer = Trainer(Run(folder), model, config, tokens, tokens[:200], spelling)
         if trainer.run.last_file.exists():
             trainer.load()
         trainer.train(stop - trainer.step)
@@ -52,11 +53,18 @@ def assert_same(got, want):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [("none", "bfloat16"), ("none", "float32"), ("hops", "bfloat16"), ("transformer", "bfloat16")],
+    ("name", "precision", "more"),
+    [
+        ("none", "bfloat16", {}),
+        ("none", "float32", {}),
+        ("none", "bfloat16", {"spelling": 40, "noise": 0.2}),
+        ("none", "float32", {"spelling": 40, "noise": 0.2}),
+        ("hops", "bfloat16", {}),
+        ("transformer", "bfloat16", {}),
+    ],
 )
-def test_graphs_train_what_eager_steps_train(tmp_path, name, precision):
-    settings = {"device": "cuda", "precision": precision}
+def test_graphs_train_what_eager_steps_train(tmp_path, name, precision, more):
+    settings = {"device": "cuda", "precision": precision} | more
     eager = trained(tmp_path / "eager", MODELS[name], cuda_graph=False, **settings)
     assert eager[0][-1] < eager[0][0]
     stops = (17, 30) if name == "none" else (30,)
