@@ -20,6 +20,7 @@ come from train_speed.py --contexts and generation_speed.py. Nothing here needs 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -33,9 +34,10 @@ from typing import Any, NoReturn
 import report
 
 from newllm import checkpoint
-from newllm.config import count_parameters
+from newllm.config import ModelConfig, count_parameters
 from newllm.errors import UserError, one_line
 from newllm.run import Run, find_run
+from newllm.training_config import TrainingConfig
 
 Results = dict[str, Any]
 CURVE = 200  # points of a curve
@@ -171,7 +173,9 @@ def valid_loss(run: Results) -> float:
 def differences(runs: list[Results]) -> dict[str, str]:
     """Settings of each run that are not those of most runs of its group, by name of the run; all that differ where no value
     is shared."""
-    flat = [{**run["config"]["model"], **run["config"]["training"]} for run in runs]
+    # Runs of before an option was there have its default; one that is gone again is left out where a run does not have it.
+    defaults = {**ModelConfig().to_dict(), **dataclasses.asdict(TrainingConfig())}
+    flat = [{**defaults, **run["config"]["model"], **run["config"]["training"]} for run in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in HIDDEN]
     varied = [key for key in keys if len({json.dumps(one.get(key)) for one in flat}) > 1]
     usual = {}
@@ -186,7 +190,7 @@ def differences(runs: list[Results]) -> dict[str, str]:
         parts = []
         for key in varied:
             foreign = (key == "max_seq_len") != transformer and key in of_transformers
-            if foreign or json.dumps(one.get(key)) == usual.get(key):
+            if foreign or key not in one or json.dumps(one[key]) == usual.get(key):
                 continue
             value = one.get(key)
             parts.append(str(value) if key in ("architecture", "coupling") else f"{key} {value}")
