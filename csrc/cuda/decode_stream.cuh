@@ -29,6 +29,9 @@ __host__ __device__ __forceinline__ int stages_of(int K, int element_size) {
   return (K * element_size + kStageRowBytes - 1) / kStageRowBytes;
 }
 
+// LayerNorm's parameters of K columns: four weights, four biases, ...
+__host__ __device__ __forceinline__ int norm_bytes(int K, int element_size) { return (K + 3) / 4 * 8 * element_size; }
+
 // ---- barriers in shared memory ----
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
