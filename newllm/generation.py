@@ -141,10 +141,15 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs = distribution(logits, temperature, top_k, top_p)
+    return (probs / clocks(probs, generators)).argmax(dim=-1)
+
+
+def clocks(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """When clocks of rate 1 ring, as many as there are probs (B, V), row r's by generators[r]."""
     times = torch.empty_like(probs)
     for row, generator in zip(times, generators, strict=True):
         row.exponential_(generator=generator)
-    return (probs / times).argmax(dim=-1)
+    return times
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:

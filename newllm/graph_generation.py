@@ -7,16 +7,37 @@ copied to the host while the next one runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from newllm.generation import BROKEN, Sampling, draw, eager_steps, evaluating, prefill, sane
+from newllm.generation import BROKEN, Sampling, clocks, distribution, draw, eager_steps, evaluating, prefill, sane
 from newllm.model import LanguageModel
 from newllm.model.decoding import Decoder, make_decoder
 
 BLOCK = 16  # tokens between two looks at them: a text may be computed that many tokens past its end
 WARM_UPS = 2  # runs before the capture, in which libraries get their memory
+
+
+def _next_token_fused(*arguments: Tensor | int | None) -> None:
+    from newllm.model.next_token import next_token  # not at the top: it needs Triton
+
+    next_token(*arguments)
+
+
+def _next_token(
+    rates: Tensor, times: Tensor | None, logits: Tensor, tokens: Tensor, written: Tensor, number: Tensor, broken: Tensor,
+    eos_id: int | None,
+) -> None:  # fmt: skip
+    """What newllm.model.next_token computes, where there is no Triton."""
+    drawn = (rates.float() if times is None else rates / times).argmax(dim=-1)
+    if eos_id is not None:
+        drawn = torch.where(tokens == eos_id, eos_id, drawn)
+    broken |= ~sane(logits).all(dim=-1)
+    tokens.copy_(drawn)
+    written.scatter_(0, number[None], drawn[None])
+    number.add_(1).remainder_(written.shape[0])
 
 
 class StepGraph:
@@ -26,19 +47,18 @@ class StepGraph:
         self.decoder, self.options, self.generators = decoder, options, generators
         rows, device = decoder.tokens.shape[0], decoder.tokens.device
         self.written = torch.zeros(BLOCK, rows, dtype=torch.int64, device=device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its block
-        self.broken = torch.zeros(1, dtype=torch.bool, device=device)  # whether logits have been NaN or infinite
+        self.number = torch.zeros(rows, dtype=torch.int64, device=device)  # of the step in its block, for each row
+        self.broken = torch.zeros(rows, dtype=torch.int32, device=device)  # 1: logits have been NaN or infinite
 
     def _step(self) -> None:
         decoder, options = self.decoder, self.options
         decoder.run()
-        drawn = draw(decoder.logits, options.temperature, options.top_k, options.top_p, self.generators)
-        if options.eos_id is not None:
-            drawn = torch.where(decoder.tokens == options.eos_id, options.eos_id, drawn)
-        self.broken |= ~sane(decoder.logits).all()
-        decoder.tokens.copy_(drawn)
-        self.written.index_copy_(0, self.number, drawn[None])
-        self.number.add_(1).remainder_(BLOCK)
+        logits, rates, times = decoder.logits, decoder.logits, None
+        if options.temperature > 0:
+            rates = distribution(logits, options.temperature, options.top_k, options.top_p)
+            times = clocks(rates, self.generators)
+        next_token = _next_token if find_spec("triton") is None else _next_token_fused
+        next_token(rates, times, logits, decoder.tokens, self.written, self.number, self.broken, options.eos_id)
 
     def capture(self) -> None:
         """Leaves the decoder's tokens and state, and the generators, anywhere: load them afterwards."""
@@ -120,7 +140,7 @@ def _blocks(step: StepGraph, wanted: int) -> Iterator[list[list[int]]]:
         if pending is not None:
             written, broken, event = pending
             event.synchronize()
-            if broken:
+            if broken.any():
                 raise ValueError(BROKEN)
             yield written.tolist()
         pending = following

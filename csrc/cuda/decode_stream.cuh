@@ -87,12 +87,24 @@ struct Ring {
 
 // ---- the copying warps ----
 
+#ifndef GROUP
+#define GROUP 16
+#define PENDING 0
+#endif
+constexpr int kGroup = GROUP, kPending = PENDING;
+
 // This lane's share of a row's stage: 16 bytes of every chunk.
 template <class W>
-__device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_left, bool aligned) {
+__device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_left, bool aligned, uint64_t* full) {
   if (aligned) {
 #pragma unroll
-    for (int k = 0; k < kWarpsOfLine * kChunks; ++k) copy_async<16>(to + 32 * k, from + 64 * k, bytes_left > 64 * k);
+    for (int k = 0; k < kWarpsOfLine * kChunks; ++k) {
+      copy_async<16>(to + 32 * k, from + 64 * k, bytes_left > 64 * k);
+      if (k % kGroup != kGroup - 1) continue;
+      if (k == kWarpsOfLine * kChunks - 1) barrier_arrive_after_copies(full);
+      copy_async_commit();
+      copy_async_wait<kPending>();
+    }
     return;
   }
 #pragma unroll 1
@@ -104,6 +116,7 @@ __device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_
       *element = at < bytes_left ? *reinterpret_cast<const W*>(from + at) : from_float<W>(0.0f);
     }
   }
+  barrier_arrive(full);
 }
 
 // Everything that one line's warps will multiply, in their order, one stage on its way at a time: 32 KB a block.
@@ -128,14 +141,8 @@ __device__ void stream_weights(const DecodeLinear* layers, int count, int line, 
       const bool there = part_there && column < layer.N;
       barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
       copy_row<W>(ring.stages + ring.slot * (kWarpsOfLine * kPieceVectors) + lane,
-                  base + (there ? column * stride : 0) + at, there ? row_bytes - at - lane % 4 * 16 : 0, aligned);
-      if (aligned) {
-        barrier_arrive_after_copies(ring.full + ring.slot);
-      } else {
-        barrier_arrive(ring.full + ring.slot);
-      }
-      copy_async_commit();
-      copy_async_wait<0>();
+                  base + (there ? column * stride : 0) + at, there ? row_bytes - at - lane % 4 * 16 : 0, aligned,
+                  ring.full + ring.slot);
       ring.advance();
     }
     stage -= stages;
