@@ -67,7 +67,7 @@ __device__ __forceinline__ void unpack_quad(uint2 bits, float (&x)[4]) {
   x[0] = low[0], x[1] = low[1], x[2] = high[0], x[3] = high[1];
 }
 
-// Quads q, q + step, ... of a row of pairs; waits until they are there.
+// Quads q, q + step, ... of a row of pairs; the whole warp waits until all of its are there, so that it stays together.
 template <int kMost>
 __device__ __forceinline__ void load_pair_words(const ulonglong2* row, uint32_t mark, int q, int step, int quads,
                                                 uint2 (&x)[kMost]) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void load_pair_words(const ulonglong2* row, uint32_t 
       wrong |= (uint32_t(words[h].x >> 32) ^ mark) | (uint32_t(words[h].y >> 32) ^ mark);
       x[h] = bits_of_pairs(words[h]);
     }
-  } while (wrong != 0);
+  } while (__any_sync(0xffffffffu, wrong != 0));
 }
 
 // The same for pairs, K a multiple of 4, and a factor of pairs. x is read once, and what LayerNorm makes of it takes
@@ -101,7 +101,7 @@ __device__ __forceinline__ void prepare_pairs(const DecodeLinear& layer, uint32_
   const RowShare share(K, B);
   constexpr int kMost = kRows > 8 ? 6 : 4;  // quads that a thread waits for at a time
   constexpr bool kHoldsFactor = kRows <= 8;
-  const int step = share.threads;
+  const int step = share.threads, lane = threadIdx.x % 32;
   const bool again = layer.normalize || layer.factor.data;
 #pragma unroll 1
   for (int base = 0; base < B; base += share.rows) {  // more than once only with a warp a row
@@ -115,12 +115,15 @@ __device__ __forceinline__ void prepare_pairs(const DecodeLinear& layer, uint32_
     float pivot = 0, sum = 0, squares = 0;
     int count = 0;
 #pragma unroll 1
-    for (int q = share.first; real && q < quads; q += kMost * step) {
+    for (int begin = share.first - lane; real && begin < quads; begin += kMost * step) {  // whole warps
+      const int q = begin + lane;
       uint2 x[kMost];
       load_pair_words(from, launch + layer.x.from, q, step, quads, x);
-      if (kHoldsFactor && layer.factor.data && q == share.first)
-        load_pair_words(factor, launch + layer.factor.from, q, step, quads, times);
-      if (q == share.first) pivot = __shfl_sync(__activemask(), value_of_bits<W>(x[0].x), 0);
+      if (begin < step) {
+        if (kHoldsFactor && layer.factor.data)
+          load_pair_words(factor, launch + layer.factor.from, q, step, quads, times);
+        pivot = __shfl_sync(0xffffffffu, value_of_bits<W>(x[0].x), 0);
+      }
 #pragma unroll
       for (int h = 0; h < kMost; ++h) {
         if (q + h * step >= quads) break;
@@ -138,7 +141,6 @@ __device__ __forceinline__ void prepare_pairs(const DecodeLinear& layer, uint32_
     }
     float mean = 0, rstd = 1;
     if (layer.normalize) {
-      pivot = __shfl_sync(0xffffffffu, pivot, 0);  // of lanes that have no quad, too
       const Moments whole = join_lanes(pivot, sum, squares, count, 1 << share.log_warps, scratch);
       mean = whole.mean;
       const float variance = __fdividef(whole.squares, float(K));
@@ -146,8 +148,9 @@ __device__ __forceinline__ void prepare_pairs(const DecodeLinear& layer, uint32_
     }
     float* const x_out = blockIdx.x == 0 && layer.x_out ? layer.x_out + int64_t(b) * K : nullptr;
 #pragma unroll 1
-    for (int q = share.first; again && real && q < quads; q += kMost * step) {
-      if (layer.factor.data && !(kHoldsFactor && q == share.first))
+    for (int begin = share.first - lane; again && real && begin < quads; begin += kMost * step) {
+      const int q = begin + lane;
+      if (layer.factor.data && !(kHoldsFactor && begin < step))
         load_pair_words(factor, launch + layer.factor.from, q, step, quads, times);
 #pragma unroll
       for (int h = 0; h < kMost; ++h) {

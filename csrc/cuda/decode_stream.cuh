@@ -87,23 +87,18 @@ struct Ring {
 
 // ---- the copying warps ----
 
-#ifndef GROUP
-#define GROUP 16
-#define PENDING 0
-#endif
-constexpr int kGroup = GROUP, kPending = PENDING;
-
-// This lane's share of a row's stage: 16 bytes of every chunk.
+// This lane's share of a row's stage: 16 bytes of every chunk. A stage goes in halves, the next asked for when the one
+// before the last has come: so between 16 and 32 KB a block are on their way.
 template <class W>
 __device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_left, bool aligned, uint64_t* full) {
   if (aligned) {
 #pragma unroll
     for (int k = 0; k < kWarpsOfLine * kChunks; ++k) {
       copy_async<16>(to + 32 * k, from + 64 * k, bytes_left > 64 * k);
-      if (k % kGroup != kGroup - 1) continue;
+      if (k % kChunks != kChunks - 1) continue;
       if (k == kWarpsOfLine * kChunks - 1) barrier_arrive_after_copies(full);
       copy_async_commit();
-      copy_async_wait<kPending>();
+      copy_async_wait<1>();
     }
     return;
   }
@@ -119,7 +114,7 @@ __device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_
   barrier_arrive(full);
 }
 
-// Everything that one line's warps will multiply, in their order, one stage on its way at a time: 32 KB a block.
+// Everything that one line's warps will multiply, in their order.
 template <class W>
 __device__ void stream_weights(const DecodeLinear* layers, int count, int line, Ring ring) {
   const int lane = threadIdx.x % 32;
