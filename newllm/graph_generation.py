@@ -1,7 +1,7 @@
 """Generation on a GPU without the host: the step of a decoder and the draw of its tokens, captured in one CUDA graph.
 
-Tokens, states and random numbers stay on the device. The graph is launched BLOCK times in a row; the tokens of a block are
-copied to the host while the next one runs.
+Tokens, states and random numbers stay on the device. A launch of the graph is BLOCK steps; the tokens of a block are copied to the
+host while the next one runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from newllm.generation import BROKEN, Sampling, clocks, distribution, draw, eager_steps, evaluating, prefill, sane
+from newllm.generation import BROKEN, Sampling, clocks, distribution, draw, eager_steps, evaluating, held, prefill, sane
 from newllm.model import LanguageModel
 from newllm.model.decoding import Decoder, make_decoder
 
@@ -20,18 +20,21 @@ BLOCK = 16  # tokens between two looks at them: a text may be computed that many
 WARM_UPS = 2  # runs before the capture, in which libraries get their memory
 
 
-def _next_token_fused(*arguments: Tensor | int | None) -> None:
+def _next_token_fused(*arguments: Tensor | float | None) -> None:
     from newllm.model.next_token import next_token  # not at the top: it needs Triton
 
     next_token(*arguments)
 
 
 def _next_token(
-    rates: Tensor, times: Tensor | None, logits: Tensor, tokens: Tensor, written: Tensor, number: Tensor, broken: Tensor,
-    eos_id: int | None,
+    logits: Tensor, rates: Tensor | None, times: Tensor | None, temperature: float, tokens: Tensor, written: Tensor,
+    number: Tensor, broken: Tensor, eos_id: int | None,
 ) -> None:  # fmt: skip
     """What newllm.model.next_token computes, where there is no Triton."""
-    drawn = (rates.float() if times is None else rates / times).argmax(dim=-1)
+    if times is None:
+        drawn = logits.float().argmax(dim=-1)
+    else:
+        drawn = ((distribution(logits, temperature) if rates is None else rates) / times).argmax(dim=-1)
     if eos_id is not None:
         drawn = torch.where(tokens == eos_id, eos_id, drawn)
     broken |= ~sane(logits).all(dim=-1)
@@ -41,7 +44,7 @@ def _next_token(
 
 
 class StepGraph:
-    """One step: tokens -> logits -> tokens, as a CUDA graph. Every row draws from its own generator."""
+    """Steps of tokens -> logits -> tokens, a block of them as a CUDA graph. Every row draws from its own generator."""
 
     def __init__(self, decoder: Decoder, options: Sampling, generators: list[torch.Generator]) -> None:
         self.decoder, self.options, self.generators = decoder, options, generators
@@ -53,12 +56,15 @@ class StepGraph:
     def _step(self) -> None:
         decoder, options = self.decoder, self.options
         decoder.run()
-        logits, rates, times = decoder.logits, decoder.logits, None
+        logits, rates, times, temperature = decoder.logits, None, None, held(options.temperature)
         if options.temperature > 0:
-            rates = distribution(logits, options.temperature, options.top_k, options.top_p)
-            times = clocks(rates, self.generators)
+            times = clocks(logits, self.generators)
+            if options.top_k is not None or options.top_p is not None:
+                rates = distribution(logits, options.temperature, options.top_k, options.top_p)
         next_token = _next_token if find_spec("triton") is None else _next_token_fused
-        next_token(rates, times, logits, decoder.tokens, self.written, self.number, self.broken, options.eos_id)
+        next_token(
+            logits, rates, times, temperature, decoder.tokens, self.written, self.number, self.broken, options.eos_id
+        )
 
     def capture(self) -> None:
         """Leaves the decoder's tokens and state, and the generators, anywhere: load them afterwards."""
@@ -72,7 +78,8 @@ class StepGraph:
         for generator in self.generators:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
-            self._step()
+            for _ in range(BLOCK):
+                self._step()
 
     def start(self, tokens: Tensor) -> None:
         """The tokens (B,) to go on from, and a new block."""
@@ -81,8 +88,7 @@ class StepGraph:
         self.broken.zero_()
 
     def run_block(self) -> None:
-        for _ in range(BLOCK):
-            self.graph.replay()
+        self.graph.replay()
 
 
 def graph_steps(

@@ -239,26 +239,28 @@ def test_bad_arguments_raise_at_the_call(change, named):
 
 @needs_triton
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("drawn", [False, True])
-def test_the_fused_end_of_a_step_does_what_its_pieces_do(device, drawn, monkeypatch):
+@pytest.mark.parametrize("how", ["likeliest", "tempered", "top-k"])
+def test_the_fused_end_of_a_step_does_what_its_pieces_do(device, how, monkeypatch):
     from newllm import graph_generation
     from newllm.model import next_token
 
     monkeypatch.setattr(next_token, "MOST", 64)  # rows of several blocks of columns
-    logits = torch.randint(0, 40, (6, 200), generator=torch.Generator().manual_seed(0)).float().to(device)  # with ties
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 40, (6, 200), generator=generator).float().to(device)  # with ties
+    rates = times = None
+    if how != "likeliest":
+        times = torch.empty(6, 200).exponential_(generator=generator).to(device)
+        times[0, 7] = 1e-9  # a clock that rings whatever its rate, unless top-k has cut it
+    if how == "top-k":
+        rates = distribution(logits, 1.7, top_k=20)
     logits[2, 70], logits[3, 5], logits[4] = float("nan"), float("inf"), -float("inf")
-    rates, times = logits, None
-    if drawn:
-        rates = distribution(logits.nan_to_num(0, 0, 0), 1.0, top_k=20)
-        times = torch.rand_like(rates) + 1e-3
     results = []
     for ending in (graph_generation._next_token, next_token.next_token):
         tokens = torch.tensor([1, 7, 1, 1, 1, 7], device=device)
         written, number = torch.zeros(3, 6, dtype=torch.int64, device=device), torch.full((6,), 2, device=device)
         broken = torch.tensor([1, 0, 0, 0, 0, 0], dtype=torch.int32, device=device)
-        ending(rates, times, logits, tokens, written, number, broken, 7)
-        if not drawn:  # of broken logits the token is any
-            tokens[2:4] = written[:, 2:4] = 0
+        ending(logits, rates, times, 1.7, tokens, written, number, broken, 7)
+        tokens[2:5] = written[:, 2:5] = 0  # of broken logits, and of none above -inf, the token is any
         results.append((tokens, written, number, broken))
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
