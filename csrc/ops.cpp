@@ -83,5 +83,5 @@ STABLE_TORCH_LIBRARY(newllm_native, m) {
       "state_out, "
       "float eps, "
       "float clamp, int flags, int[] sources, int epilogue, int activation) -> ()");
-  m.def("decode_run(Tensor program, Tensor(a!) counters, Tensor weight, int B, int widest) -> ()");
+  m.def("decode_run(Tensor program, Tensor(a!) counters, Tensor weight, int B, int widest, int widest_norm) -> ()");
 }

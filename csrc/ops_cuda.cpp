@@ -326,10 +326,11 @@ void decode_linear(const Tensor& x, const OptionalTensor& tokens, const Optional
         "decode_linear");
 }
 
-void decode_run(const Tensor& program, const Tensor& counters, const Tensor& weight, int64_t B, int64_t widest) {
+void decode_run(const Tensor& program, const Tensor& counters, const Tensor& weight, int64_t B, int64_t widest,
+                int64_t widest_norm) {
   const torch::stable::accelerator::DeviceGuard guard(program.get_device_index());
   check(cuda::decode_program(static_cast<const DecodeLinear*>(program.data_ptr()), int32_t(program.size(0)),
-                             static_cast<unsigned long long*>(counters.data_ptr()), int32_t(B), widest,
+                             static_cast<unsigned long long*>(counters.data_ptr()), int32_t(B), widest, widest_norm,
                              dtype_of(weight), current_stream(program.get_device_index())),
         "decode_run");
 }
@@ -393,8 +394,9 @@ extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_shar
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_decode_shared_memory(int64_t layers, int64_t B,
                                                                                       int64_t widest,
+                                                                                      int64_t widest_norm,
                                                                                       int64_t element_size) {
-  return newllm::cuda::decode_shared_memory(layers, B, widest, element_size);
+  return newllm::cuda::decode_shared_memory(layers, B, widest, widest_norm, element_size);
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t newllm_gated_scan_layer_norm_teams(int device, bool is_float,

@@ -141,10 +141,15 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs = distribution(logits, temperature, top_k, top_p)
-    times = torch.empty_like(probs)
+    return (probs / clocks(probs, generators)).argmax(dim=-1)
+
+
+def clocks(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """When clocks of rate 1 ring, (B, V) float32 as many as `like` has elements, row r's by generators[r]."""
+    times = torch.empty_like(like, dtype=torch.float32)
     for row, generator in zip(times, generators, strict=True):
         row.exponential_(generator=generator)
-    return (probs / times).argmax(dim=-1)
+    return times
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -153,8 +158,9 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
     Ties at the border of top-k or top-p go to the lower token id, so exactly k tokens (or the fewest) are kept.
     """
     logits = logits.float()
-    temperature = min(max(temperature, 1e-37), 1e37)  # float32 holds no more: 0 / 0 otherwise
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the maximum first: no overflow however cold
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / held(
+        temperature
+    )  # the maximum first: no overflow however cold
     probs = logits.softmax(dim=-1)
     if top_k is None and top_p is None:
         return probs
@@ -167,6 +173,11 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
         descending[before >= top_p] = 0
         descending /= descending.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, order, descending)
+
+
+def held(temperature: float) -> float:
+    """As far as float32 holds it: 0 / 0 otherwise."""
+    return min(max(temperature, 1e-37), 1e37)
 
 
 @contextlib.contextmanager

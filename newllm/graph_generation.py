@@ -1,17 +1,18 @@
 """Generation on a GPU without the host: the step of a decoder and the draw of its tokens, captured in one CUDA graph.
 
-Tokens, states and random numbers stay on the device. The graph is launched BLOCK times in a row; the tokens of a block are
-copied to the host while the next one runs.
+Tokens, states and random numbers stay on the device. A launch of the graph is BLOCK steps; the tokens of a block are copied to the
+host while the next one runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from newllm.generation import BROKEN, Sampling, draw, eager_steps, evaluating, prefill, sane
+from newllm.generation import BROKEN, Sampling, clocks, distribution, draw, eager_steps, evaluating, held, prefill, sane
 from newllm.model import LanguageModel
 from newllm.model.decoding import Decoder, make_decoder
 
@@ -19,26 +20,51 @@ BLOCK = 16  # tokens between two looks at them: a text may be computed that many
 WARM_UPS = 2  # runs before the capture, in which libraries get their memory
 
 
+def _next_token_fused(*arguments: Tensor | float | None) -> None:
+    from newllm.model.next_token import next_token  # not at the top: it needs Triton
+
+    next_token(*arguments)
+
+
+def _next_token(
+    logits: Tensor, rates: Tensor | None, times: Tensor | None, temperature: float, tokens: Tensor, written: Tensor,
+    number: Tensor, broken: Tensor, eos_id: int | None,
+) -> None:  # fmt: skip
+    """What newllm.model.next_token computes, where there is no Triton."""
+    if times is None:
+        drawn = logits.float().argmax(dim=-1)
+    else:
+        drawn = ((distribution(logits, temperature) if rates is None else rates) / times).argmax(dim=-1)
+    if eos_id is not None:
+        drawn = torch.where(tokens == eos_id, eos_id, drawn)
+    broken |= ~sane(logits).all(dim=-1)
+    tokens.copy_(drawn)
+    written.scatter_(0, number[None], drawn[None])
+    number.add_(1).remainder_(written.shape[0])
+
+
 class StepGraph:
-    """One step: tokens -> logits -> tokens, as a CUDA graph. Every row draws from its own generator."""
+    """Steps of tokens -> logits -> tokens, a block of them as a CUDA graph. Every row draws from its own generator."""
 
     def __init__(self, decoder: Decoder, options: Sampling, generators: list[torch.Generator]) -> None:
         self.decoder, self.options, self.generators = decoder, options, generators
         rows, device = decoder.tokens.shape[0], decoder.tokens.device
         self.written = torch.zeros(BLOCK, rows, dtype=torch.int64, device=device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its block
-        self.broken = torch.zeros(1, dtype=torch.bool, device=device)  # whether logits have been NaN or infinite
+        self.number = torch.zeros(rows, dtype=torch.int64, device=device)  # of the step in its block, for each row
+        self.broken = torch.zeros(rows, dtype=torch.int32, device=device)  # 1: logits have been NaN or infinite
 
     def _step(self) -> None:
         decoder, options = self.decoder, self.options
         decoder.run()
-        drawn = draw(decoder.logits, options.temperature, options.top_k, options.top_p, self.generators)
-        if options.eos_id is not None:
-            drawn = torch.where(decoder.tokens == options.eos_id, options.eos_id, drawn)
-        self.broken |= ~sane(decoder.logits).all()
-        decoder.tokens.copy_(drawn)
-        self.written.index_copy_(0, self.number, drawn[None])
-        self.number.add_(1).remainder_(BLOCK)
+        logits, rates, times, temperature = decoder.logits, None, None, held(options.temperature)
+        if options.temperature > 0:
+            times = clocks(logits, self.generators)
+            if options.top_k is not None or options.top_p is not None:
+                rates = distribution(logits, options.temperature, options.top_k, options.top_p)
+        next_token = _next_token if find_spec("triton") is None else _next_token_fused
+        next_token(
+            logits, rates, times, temperature, decoder.tokens, self.written, self.number, self.broken, options.eos_id
+        )
 
     def capture(self) -> None:
         """Leaves the decoder's tokens and state, and the generators, anywhere: load them afterwards."""
@@ -52,7 +78,8 @@ class StepGraph:
         for generator in self.generators:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
-            self._step()
+            for _ in range(BLOCK):
+                self._step()
 
     def start(self, tokens: Tensor) -> None:
         """The tokens (B,) to go on from, and a new block."""
@@ -61,8 +88,7 @@ class StepGraph:
         self.broken.zero_()
 
     def run_block(self) -> None:
-        for _ in range(BLOCK):
-            self.graph.replay()
+        self.graph.replay()
 
 
 def graph_steps(
@@ -120,7 +146,7 @@ def _blocks(step: StepGraph, wanted: int) -> Iterator[list[list[int]]]:
         if pending is not None:
             written, broken, event = pending
             event.synchronize()
-            if broken:
+            if broken.any():
                 raise ValueError(BROKEN)
             yield written.tolist()
         pending = following

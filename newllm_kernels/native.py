@@ -73,11 +73,11 @@ def cuda_shared_memory(operation: str) -> int:
     return function()
 
 
-def cuda_decode_shared_memory(layers: int, rows: int, widest: int, element_size: int) -> int:
+def cuda_decode_shared_memory(layers: int, rows: int, widest: int, widest_norm: int, element_size: int) -> int:
     """Bytes of shared memory that a block of decode_linear's kernel takes at least."""
     function = _handle().newllm_decode_shared_memory
     function.restype = ctypes.c_int64
-    return function(*(ctypes.c_int64(value) for value in (layers, rows, widest, element_size)))
+    return function(*(ctypes.c_int64(value) for value in (layers, rows, widest, widest_norm, element_size)))
 
 
 @functools.cache

@@ -9,7 +9,8 @@
 // (programmatic dependent launch).
 #pragma once
 
-#include "decode_rows.cuh"
+#include "decode_output.cuh"
+#include "decode_pairs.cuh"
 
 namespace newllm::cuda {
 
@@ -35,8 +36,9 @@ __device__ __forceinline__ void grid_barrier(unsigned long long* arrivals) {
 struct DecodeLaunch {
   const DecodeLinear* program;  // on the device; nullptr: the one layer that comes with the launch
   int32_t count;
-  int32_t x_bytes;               // shared memory of x
-  int32_t slots;                 // of each line\'s ring
+  int32_t x_bytes;               // shared memory of x, with LayerNorm's parameters
+  int32_t norm_bytes;            // at its end
+  int32_t slots;                 // of each line's ring
   unsigned long long* counters;  // blocks of launches, of barriers, then of each layer; nullptr for one layer
 };
 
@@ -63,7 +65,8 @@ __device__ __forceinline__ unsigned long long load_layers(const DecodeLaunch& la
   return launches;
 }
 
-// Shared memory: layers | rings (line, slot, warp, chunk, lane) | x | two buffers of sums | barriers.
+// Shared memory: layers | rings (line, slot, warp, chunk, lane) | x | LayerNorm's parameters | two buffers of sums |
+// barriers.
 template <class W, int kRows>
 __global__ void __launch_bounds__(kDecodeAllThreads, 1)
     decode_kernel(const __grid_constant__ DecodeLaunch launch, const __grid_constant__ DecodeLinear single) {
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(kDecodeAllThreads, 1)
   DecodeLinear* layers = reinterpret_cast<DecodeLinear*>(shared);
   char* rings = shared + (launch.count * sizeof(DecodeLinear) + 127) / 128 * 128;
   char* x = rings + kLines * launch.slots * kStageBytes;
-  float* partial = reinterpret_cast<float*>(x + launch.x_bytes);
+  float* partial = reinterpret_cast<float*>(x + launch.x_bytes + launch.norm_bytes);
   uint64_t* barriers = reinterpret_cast<uint64_t*>(partial + 2 * kPartialFloats);
   const int warp = threadIdx.x / 32, line = warp < kDecodeWarps ? warp / kWarpsOfLine : warp - kDecodeWarps;
   for (int k = threadIdx.x; k < kLines * launch.slots; k += kDecodeAllThreads) {
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kDecodeAllThreads, 1)
     const int group = kPartialFloats / (kDecodeWarps * kUnitRows * B);
     Output<W> output;
     output.find(layer, threadIdx.x, 0, min(group, units));
-    prepare_x<W>(layers, n, first_mark, progress, x, scratch[n & 1]);
+    prepare_x<W, kRows>(layers, n, first_mark, progress, x, x + launch.x_bytes, scratch[n & 1]);
     meet();
     const int stages = stages_of(layer.K, sizeof(W)), stride = x_row_bytes(stages);
     const char* mine = x + warp % kWarpsOfLine * kPieceBytes + threadIdx.x % 4 * 16;

@@ -10,7 +10,8 @@ namespace newllm::cuda {
 
 struct DecodeShape {
   int32_t B = 0;
-  int64_t x_bytes = 0;  // what the widest layer's x takes of shared memory
+  int64_t x_bytes = 0;     // what the widest layer's x takes of shared memory
+  int64_t norm_bytes = 0;  // and the parameters of the widest LayerNorm, where they go there
   int32_t layers = 1;
 };
 
@@ -18,12 +19,16 @@ inline int64_t decode_x_bytes(int64_t B, int64_t K, int64_t element) {
   return B * x_row_bytes(stages_of(int(K), int(element)));
 }
 
+inline int64_t decode_norm_bytes(int64_t K, int64_t element) {
+  return element == 2 ? norm_bytes(int(K), int(element)) : 0;  // prepare_pairs
+}
+
 constexpr int kMostSlots = 5;  // of each line: 160 KB
 
 inline int64_t decode_shared_bytes(const DecodeShape& shape, int slots) {
   const int64_t layers = (shape.layers * int64_t(sizeof(DecodeLinear)) + 127) / 128 * 128;
   const int64_t ring = kLines * slots * int64_t(kStageBytes + 2 * sizeof(uint64_t));
-  return layers + ring + shape.x_bytes + 2 * kPartialFloats * 4;
+  return layers + ring + shape.x_bytes + shape.norm_bytes + 2 * kPartialFloats * 4;
 }
 
 template <class Kernel>

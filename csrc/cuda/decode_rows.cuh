@@ -1,13 +1,11 @@
-// What comes before and after the product of a layer of one token: x, normalised, into shared memory; and of the warps'
-// sums the layer's outputs. All of it is latency, and run so seldom that its size in the instruction cache counts:
-// fields are read from shared memory once, and no loop is unrolled that need not be.
+// What comes before the product of a layer of one token: x, normalised, into shared memory. All of it is latency, and
+// run so seldom that its size in the instruction cache counts: fields are read from shared memory once, and no loop is
+// unrolled that need not be.
 #pragma once
 
 #include "decode_words.cuh"
 
 namespace newllm::cuda {
-
-// ---- before the product ----
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -70,7 +68,7 @@ struct NormQuad {
   __device__ __forceinline__ float bias(int j) const { return to_float(reinterpret_cast<const W*>(raw)[4 + j]); }
 };
 
-template <class W>
+template <class W, int kHeld>
 __device__ __forceinline__ void load_norms(NormQuad<W> (&norms)[kHeld], const void* norm, int k, int step, int K) {
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
@@ -81,9 +79,9 @@ __device__ __forceinline__ void load_norms(NormQuad<W> (&norms)[kHeld], const vo
 // Fills shared memory with p(x). A row is shared out over as few warps as can hold it, for each executes all of this.
 // Passes over a row: mean, squares, result; a row that the threads can hold is read once, with all that the result
 // needs.
-template <class W>
-__device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number, uint32_t launch,
-                                          const Progress& progress, char* shared_x, Moments* scratch) {
+template <class W, int kHeld>
+__device__ __forceinline__ void prepare_row(const DecodeLinear* layers, int number, uint32_t launch,
+                                            const Progress& progress, char* shared_x, Moments* scratch) {
   const DecodeLinear& layer = layers[number];
   const int K = layer.K, B = layer.B;
   int log_warps = max(31 - __clz(kDecodeWarps) - (B == 1 ? 0 : 32 - __clz(B - 1)), 0);
@@ -107,7 +105,7 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
     W* const to = reinterpret_cast<W*>(shared_x + b * x_row_bytes(stages));
     Moments own{0, 0, 0};
     float mean = 0, rstd = 1;
-    Quads x, times;
+    Quads<kHeld> x, times;
 #pragma unroll 1
     for (int pass = first_pass; pass < 3; ++pass) {
       float sum = 0;
@@ -117,8 +115,8 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
       for (int k = first * 4; real && k < K; k += kHeld * step) {
         if (pass == first_pass || !fits) {
           if (norm && !fits && pass == 2) load_norms(norms, norm, k, step, K);
-          load_quads<W>(from, row, launch, k, step, K, x);
-          if (factor.data && (fits || pass == 2)) load_quads<W>(factor, b, launch, k, step, K, times);
+          load_quads<W, kHeld>(from, row, launch, k, step, K, x);
+          if (factor.data && (fits || pass == 2)) load_quads<W, kHeld>(factor, b, launch, k, step, K, times);
         }
 #pragma unroll
         for (int h = 0; h < kHeld; ++h) {
@@ -167,112 +165,5 @@ __device__ __forceinline__ void prepare_x(const DecodeLinear* layers, int number
     }
   }
 }
-
-// ---- after it ----
-
-__device__ __forceinline__ float activate(float z, DecodeActivation activation) {
-  switch (activation) {
-    case DecodeActivation::kRelu: return z < 0.0f ? 0.0f : z;  // NaN stays
-    case DecodeActivation::kGelu: return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
-    case DecodeActivation::kSilu: return z * sigmoid_fast(z).value;
-    case DecodeActivation::kTanh: return tanh_fast(z).value;
-    default: return z;
-  }
-}
-
-// One row of a unit, for one row of the batch: eight neighbouring lanes hold the eight. What does not depend on the
-// product is asked for before it.
-template <class W>
-struct Output {
-  int b, unit, n, part, column;
-  bool real;
-  float added, old;  // bias; state or residual
-
-  // Units from `first` to `last` of this block are in work.
-  __device__ __forceinline__ void find(const DecodeLinear& layer, int index, int first, int last) {
-    real = false;
-    if (index / 32 * 32 >= (last - first) * layer.B * kUnitRows) return;  // nothing for the whole warp
-    added = old = 0;
-    const int shift = unit_shift(layer.parts), pair = index / kUnitRows, B = layer.B, N = layer.N;
-    n = index % kUnitRows;
-    unit = B == 1 ? pair : pair / B;
-    b = pair - unit * B;
-    part = n >> shift;
-    column = ((layer.first_unit + first + unit) << shift) + (n & ((1 << shift) - 1));
-    real = first + unit < last && part < layer.parts && column < N;
-    if (!real) return;
-    const W* bias = static_cast<const W*>(layer.bias[part]);
-    if (bias) added = to_float(bias[column]);
-    if (part > 0) return;
-    if (layer.state) old = layer.state[int64_t(b) * N + column];
-    const DecodeTensor residual = layer.residual;
-    if (residual.data == nullptr) return;
-    // `kept` by this block, whose share of N columns is always the same; or a row of a table.
-    const int64_t at = (layer.residual_is_table ? layer.tokens[b] : b) * int64_t(N) + column;
-    const bool is_float = residual.storage == DecodeStorage::kFloat;
-    old = is_float ? static_cast<const float*>(residual.data)[at] : to_float(static_cast<const W*>(residual.data)[at]);
-  }
-
-  // What another layer added up already, once it is there.
-  __device__ __forceinline__ float addend(const DecodeLinear& layer, uint32_t launch) const {
-    const int width = layer.parts * layer.N, at = part * layer.N + column;
-    if (layer.addend.storage == DecodeStorage::kFloat) {
-      return static_cast<const float*>(layer.addend.data)[int64_t(b) * width + at];
-    }
-    const uint64_t* from = static_cast<const uint64_t*>(layer.addend.data) + b * words_of_row(width) + at;
-    uint64_t word;
-    Patience patience;
-    do {
-      patience.again();
-      word = load_word(from);
-    } while (uint32_t(word >> 32) != launch + layer.addend.from);
-    return value_of(word);
-  }
-
-  // partial: (unit, warp, B, 8). A unit of fewer stages than there are lines has sums of the first lines from `line` on
-  // only.
-  __device__ __forceinline__ void finish(const DecodeLinear& layer, const float* partial, int line, int stages,
-                                         uint32_t launch, uint32_t mark) {
-    const int B = layer.B, N = layer.N;
-    float z = added;
-    if (real) {
-      if (layer.addend.data) z += addend(layer, launch);
-      const int step = B * kUnitRows;
-      const float* sums = partial + unit * kDecodeWarps * step + b * kUnitRows + n;
-      float of_warp[kDecodeWarps];
-#pragma unroll
-      for (int warp = 0; warp < kDecodeWarps; ++warp) {
-        const bool there = ((warp / kWarpsOfLine - line - unit * stages) & (kLines - 1)) < stages;
-        of_warp[warp] = there ? sums[warp * step] : 0.0f;
-      }
-#pragma unroll
-      for (int width = kDecodeWarps / 2; width > 0; width /= 2) {
-        for (int warp = 0; warp < width; ++warp) of_warp[warp] += of_warp[warp + width];
-      }
-      z += of_warp[0];
-    }
-    const int columns = 1 << unit_shift(layer.parts), lane = threadIdx.x % 32, own = (lane & ~7) + (n & (columns - 1));
-    float y = z;
-    if (layer.epilogue == DecodeEpilogue::kLinear) {
-      y = activate(z, layer.activation) + old;
-    } else {
-      const float second = __shfl_sync(0xffffffffu, z, own + columns);
-      if (layer.epilogue == DecodeEpilogue::kGated) {
-        y = z * sigmoid_fast(z).value * second;
-      } else {
-        const float third = __shfl_sync(0xffffffffu, z, own + 2 * columns);
-        y = __shfl_sync(0xffffffffu, z, own + 3 * columns);
-        y *= sigmoid_fast(y).value;
-        const float context = sigmoid_fast(z).value * old + sigmoid_fast(second).value * tanh_fast(third).value;
-        const bool here = real && part == 0;
-        if (layer.context.data) store_activation<W>(layer.context, here, b, column, N, context, mark);
-        if (here && layer.state_out) layer.state_out[int64_t(b) * N + column] = context;
-      }
-    }
-    const bool here = real && part == 0;
-    if (layer.y.data) store_activation<W>(layer.y, here, b, column, N, y, mark);
-    if (here && layer.kept) layer.kept[int64_t(b) * N + column] = y;
-  }
-};
 
 }  // namespace newllm::cuda

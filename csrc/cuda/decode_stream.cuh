@@ -29,6 +29,9 @@ __host__ __device__ __forceinline__ int stages_of(int K, int element_size) {
   return (K * element_size + kStageRowBytes - 1) / kStageRowBytes;
 }
 
+// LayerNorm's parameters of K columns: four weights, four biases, ...
+__host__ __device__ __forceinline__ int norm_bytes(int K, int element_size) { return (K + 3) / 4 * 8 * element_size; }
+
 // ---- barriers in shared memory ----
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -84,12 +87,19 @@ struct Ring {
 
 // ---- the copying warps ----
 
-// This lane's share of a row's stage: 16 bytes of every chunk.
+// This lane's share of a row's stage: 16 bytes of every chunk. A stage goes in halves, the next asked for when the one
+// before the last has come: so between 16 and 32 KB a block are on their way.
 template <class W>
-__device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_left, bool aligned) {
+__device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_left, bool aligned, uint64_t* full) {
   if (aligned) {
 #pragma unroll
-    for (int k = 0; k < kWarpsOfLine * kChunks; ++k) copy_async<16>(to + 32 * k, from + 64 * k, bytes_left > 64 * k);
+    for (int k = 0; k < kWarpsOfLine * kChunks; ++k) {
+      copy_async<16>(to + 32 * k, from + 64 * k, bytes_left > 64 * k);
+      if (k % kChunks != kChunks - 1) continue;
+      if (k == kWarpsOfLine * kChunks - 1) barrier_arrive_after_copies(full);
+      copy_async_commit();
+      copy_async_wait<1>();
+    }
     return;
   }
 #pragma unroll 1
@@ -101,9 +111,10 @@ __device__ __forceinline__ void copy_row(uint4* to, const char* from, int bytes_
       *element = at < bytes_left ? *reinterpret_cast<const W*>(from + at) : from_float<W>(0.0f);
     }
   }
+  barrier_arrive(full);
 }
 
-// Everything that one line's warps will multiply, in their order, one stage on its way at a time: 32 KB a block.
+// Everything that one line's warps will multiply, in their order.
 template <class W>
 __device__ void stream_weights(const DecodeLinear* layers, int count, int line, Ring ring) {
   const int lane = threadIdx.x % 32;
@@ -125,14 +136,8 @@ __device__ void stream_weights(const DecodeLinear* layers, int count, int line, 
       const bool there = part_there && column < layer.N;
       barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
       copy_row<W>(ring.stages + ring.slot * (kWarpsOfLine * kPieceVectors) + lane,
-                  base + (there ? column * stride : 0) + at, there ? row_bytes - at - lane % 4 * 16 : 0, aligned);
-      if (aligned) {
-        barrier_arrive_after_copies(ring.full + ring.slot);
-      } else {
-        barrier_arrive(ring.full + ring.slot);
-      }
-      copy_async_commit();
-      copy_async_wait<0>();
+                  base + (there ? column * stride : 0) + at, there ? row_bytes - at - lane % 4 * 16 : 0, aligned,
+                  ring.full + ring.slot);
       ring.advance();
     }
     stage -= stages;

@@ -70,11 +70,13 @@ __device__ __forceinline__ void store_activation(const DecodeTensor& tensor, boo
   }
 }
 
-constexpr int kHeld = 4;  // quads of columns that a thread holds at a time
-using Quads = float[kHeld][4];
+template <int kHeld>
+using Quads = float[kHeld][4];  // of columns, which a thread holds at a time
 
 // Quads at columns k, k + step, ... of a row, zeros past `width`; waits until they are there.
-__device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, int k, int step, int width, Quads& x) {
+template <int kHeld>
+__device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, int k, int step, int width,
+                                           Quads<kHeld>& x) {
   bool there;
   Patience patience;
   do {
@@ -96,8 +98,9 @@ __device__ __forceinline__ void load_words(const uint64_t* row, uint32_t mark, i
   } while (!there);
 }
 
-template <class W>
-__device__ __forceinline__ void load_pairs(const uint64_t* row, uint32_t mark, int k, int step, int width, Quads& x) {
+template <class W, int kHeld>
+__device__ __forceinline__ void load_pairs(const uint64_t* row, uint32_t mark, int k, int step, int width,
+                                           Quads<kHeld>& x) {
   bool there;
   Patience patience;
   do {
@@ -117,8 +120,8 @@ __device__ __forceinline__ void load_pairs(const uint64_t* row, uint32_t mark, i
 }
 
 // The same of a table's row, or of float32.
-template <class T>
-__device__ __forceinline__ void load_plain(const T* row, int k, int step, int width, Quads& x) {
+template <class T, int kHeld>
+__device__ __forceinline__ void load_plain(const T* row, int k, int step, int width, Quads<kHeld>& x) {
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
 #pragma unroll
@@ -126,21 +129,21 @@ __device__ __forceinline__ void load_plain(const T* row, int k, int step, int wi
   }
 }
 
-template <class W>
+template <class W, int kHeld>
 __device__ __forceinline__ void load_quads(const DecodeTensor& tensor, int64_t row, uint32_t launch, int k, int step,
-                                           int width, Quads& x) {
+                                           int width, Quads<kHeld>& x) {
   const uint32_t mark = launch + tensor.from;
   const int words = words_of_row(width);
   if (tensor.storage == DecodeStorage::kPairs) {
     if constexpr (sizeof(W) == 2) {
-      load_pairs<W>(static_cast<const uint64_t*>(tensor.data) + row * (words / 2), mark, k, step, width, x);
+      load_pairs<W, kHeld>(static_cast<const uint64_t*>(tensor.data) + row * (words / 2), mark, k, step, width, x);
     }
   } else if (tensor.storage == DecodeStorage::kWords) {
-    load_words(static_cast<const uint64_t*>(tensor.data) + row * words, mark, k, step, width, x);
+    load_words<kHeld>(static_cast<const uint64_t*>(tensor.data) + row * words, mark, k, step, width, x);
   } else if (tensor.storage == DecodeStorage::kFloat) {
-    load_plain(static_cast<const float*>(tensor.data) + row * width, k, step, width, x);
+    load_plain<float, kHeld>(static_cast<const float*>(tensor.data) + row * width, k, step, width, x);
   } else {
-    load_plain(static_cast<const W*>(tensor.data) + row * width, k, step, width, x);
+    load_plain<W, kHeld>(static_cast<const W*>(tensor.data) + row * width, k, step, width, x);
   }
 }
 

@@ -81,12 +81,13 @@ int64_t recurrent_teams(int64_t D, int64_t H, int device);
 int64_t recurrent_meshes(int64_t D, int64_t H, int device);
 
 // Layers of one token. `dtype` is that of the weights; `program` lies on the device, `counters` are 2 + layers
-// numbers there that begin as 0; `widest` is the largest K. All layers have the same B.
+// numbers there that begin as 0; `widest` is the largest K, `widest_norm` that of
+// layers with parameters of LayerNorm. All layers have the same B.
 cudaError_t decode_linear(const DecodeLinear& layer, DType dtype, cudaStream_t stream);
 cudaError_t decode_program(const DecodeLinear* program, int32_t layers, unsigned long long* counters, int32_t B,
-                           int64_t widest, DType dtype, cudaStream_t stream);
+                           int64_t widest, int64_t widest_norm, DType dtype, cudaStream_t stream);
 
 // Shared memory that a block needs at least, in bytes.
-int64_t decode_shared_memory(int64_t layers, int64_t B, int64_t widest, int64_t element_size);
+int64_t decode_shared_memory(int64_t layers, int64_t B, int64_t widest, int64_t widest_norm, int64_t element_size);
 
 }  // namespace newllm::cuda

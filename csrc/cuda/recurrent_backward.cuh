@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     return W_g[int64_t(gate * D + block * Ds + k % Ds) * H + rank * Hs + n];
   });
   pack_matrix(to_context, Ds, H, [&](int n, int k) { return W_c[int64_t(k) * D + rank * Ds + n]; });
+  __syncthreads();  // racecheck takes addresses 64 KB apart, a matrix and these barriers, for one
   if (threadIdx.x < 3) mbarrier_init(barriers + threadIdx.x, 1);
   team.gather();
 

@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     weight[column] = args.norm.weight ? static_cast<const float*>(args.norm.weight)[column] : 1.0f;
     bias[column] = args.norm.bias ? static_cast<const float*>(args.norm.bias)[column] : 0.0f;
   }
+  __syncthreads();  // racecheck takes addresses 64 KB apart, a matrix and these barriers, for one
   if (threadIdx.x < 2) mbarrier_init(barriers + threadIdx.x, 1);
   team.gather();
 

@@ -143,9 +143,9 @@ def interleaved_norm(weight: Tensor | None, bias: Tensor | None, width: int, lik
     return made.view(quads, 4, 2).transpose(1, 2).contiguous()
 
 
-def check_shared_memory(layers: int, rows: int, widest: int, like: Tensor) -> None:
+def check_shared_memory(layers: int, rows: int, widest: int, widest_norm: int, like: Tensor) -> None:
     """Raise BackendError where x of that many rows does not fit into the shared memory of a block."""
-    needs = native.cuda_decode_shared_memory(layers, rows, widest, like.element_size())
+    needs = native.cuda_decode_shared_memory(layers, rows, widest, widest_norm, like.element_size())
     has = torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin
     if needs > has:
         raise BackendError(
@@ -168,7 +168,7 @@ def _fake(x, weights, biases, norm_weight, norm_bias, normalize, eps, clamp, fac
 
 
 def _cuda(x, weights, biases, tokens, norm_weight, norm_bias, normalize, eps, clamp, factor, addend, residual, state, epilogue, activation):  # fmt: skip
-    check_shared_memory(1, x.shape[0], x.shape[1], weights[0])
+    check_shared_memory(1, x.shape[0], x.shape[1], 0, weights[0])
     shape, acc = (x.shape[0], weights[0].shape[0]), torch.float32
     y = x.new_empty(shape if epilogue != "context" or len(weights) == 4 else (0,), dtype=acc)
     context = x.new_empty(shape if epilogue == "context" else (0,), dtype=acc)

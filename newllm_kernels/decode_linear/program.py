@@ -106,7 +106,9 @@ class DecodeProgram:
     def run(self) -> None:
         """Compute one token: all layers, in order."""
         if self._packed:
-            torch.ops.newllm_native.decode_run(self._program, self._counters, self.like, self.rows, self._widest)
+            torch.ops.newllm_native.decode_run(
+                self._program, self._counters, self.like, self.rows, self._widest, self._widest_norm
+            )
             return
         for layer in self.layers:
             self._run_reference(layer)
@@ -150,7 +152,10 @@ class DecodeProgram:
     def _pack(self) -> None:
         """Descriptions of the layers on the device."""
         self._widest = max(layer.weights[0].shape[1] for layer in self.layers)
-        check_shared_memory(len(self.layers), self.rows, self._widest, self.like)
+        self._widest_norm = max(
+            (layer.weights[0].shape[1] for layer in self.layers if layer.norm is not None), default=0
+        )
+        check_shared_memory(len(self.layers), self.rows, self._widest, self._widest_norm, self.like)
         residuals = {layer.residual for layer in self.layers if isinstance(layer.residual, Activation)}
         self._kept = {
             x: torch.zeros(self.rows, x.width, dtype=torch.float32, device=self.like.device) for x in residuals

@@ -185,6 +185,44 @@ def test_a_program_computes_its_layers_again_and_again(device, rows, dtype):
         assert (y - want(tokens)).norm() <= 4 * TOLERANCE[dtype] * want(tokens).norm()
 
 
+def wide_program(dtype, rows, width):
+    """Eight gated pairs of layers with residuals from one to the next; and what PyTorch makes of the same tensors."""
+    x = torch.randn(rows, width, device="cuda")
+    y = torch.full((rows, width), float("nan"), device="cuda")
+    matrices = [torch.randn(n, width, device="cuda").to(dtype) / width**0.5 for n in (width, width, width) * 8]
+    layers, at = [], x
+    for gate, value, down in zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True):
+        inner, thought = Activation(width), Activation(width)
+        layers.append(DecodeLayer(at, norm=(None, None), weights=(gate, value), y=inner, epilogue="gated"))
+        layers.append(DecodeLayer(inner, weights=(down,), residual=at, y=thought))
+        at = thought
+    layers.append(DecodeLayer(at, weights=(matrices[0],), y=y))
+
+    def want():
+        h = x.double()
+        for gate, value, down in zip(*(map(torch.Tensor.double, matrices[k::3]) for k in range(3)), strict=True):
+            p = F.layer_norm(h, (width,))
+            h = h + F.linear(F.silu(F.linear(p, gate)) * F.linear(p, value), down)
+        return F.linear(h, matrices[0].double())
+
+    return DecodeProgram(layers, rows), y, want
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 16])  # rows of a batch share the warps of a block in other ways
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_blocks_hand_to_each_other_is_right_and_the_same_every_time(rows, dtype):
+    for width in (1000, 1030, 1544):  # rows of whole stages or not, of whole 16 bytes or not
+        program, y, want = wide_program(dtype, rows, width)
+        program.run()
+        once = y.clone()
+        assert (once - want()).norm() <= 8 * TOLERANCE[dtype] * want().norm()  # 17 layers, errors of each at random
+        for _ in range(20):
+            y.fill_(float("nan"))
+            program.run()
+            assert torch.equal(y, once)
+
+
 @pytest.mark.gpu
 def test_a_program_in_a_graph_gives_the_same_bits():
     program, tokens, y, _ = small_program("cuda", torch.bfloat16, 3)

@@ -28,6 +28,8 @@ ITSELF = (
     "=========     and Write access at _forward_narrow+0x6050 in triton.py:72 [2 hazards]\n========= \n"
 )
 OTHERS = ITSELF.replace("and Write", "and Read")
+CUBLAS = OTHERS.replace("_forward_narrow", "nvjet_tst").replace("triton.py", "x.cu")
+UNSET = "========= Uninitialized __global__ memory read of size 2 bytes\n=========     at {}+0x10 in x.cu:1\n"
 COUNTED = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)"
 
 
@@ -40,7 +42,12 @@ COUNTED = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 war
         (0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "1 hazard displayed (0 errors, 1 warning)"),
         (86, 2 * ITSELF + COUNTED.format(2), "ok (2 stores of one value by several threads)"),
         (86, ITSELF + OTHERS + COUNTED.format(2), "2 hazards displayed (2 errors, 0 warnings)"),
+        (86, ITSELF + CUBLAS + COUNTED.format(2), "ok (1 stores of one value by several threads, 1 within others)"),
+        (86, CUBLAS.replace("and Read access at nvjet", "and Read access at newllm") + COUNTED.format(1), "1 hazards displayed (1 errors, 0 warnings)"),
         (86, ITSELF + COUNTED.format(2), "2 hazards displayed (2 errors, 0 warnings)"),  # one was not printed
+        (86, 2 * UNSET.format("at::native::add") + "========= ERROR SUMMARY: 2 errors", "ok (2 reads by others)"),
+        (86, UNSET.format("newllm::cuda::k") + UNSET.format("gemm") + "========= ERROR SUMMARY: 2 errors", "2 errors"),
+        (86, UNSET.format("gemm") + "========= ERROR SUMMARY: 2 errors", "2 errors"),  # one was not printed
         (1, "Traceback\n========= ERROR SUMMARY: 0 errors", "exit code 1"),
         (0, "nothing was checked", "exit code 0, no summary"),
     ],

@@ -86,7 +86,9 @@ GRAPHS = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 1.3, "top_k": 9, "top_p": 0.95}], ids=str
+)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_writes_what_the_model_writes(name, options):
     """Also across the edge of a block, and with a batch whose rows are of different lengths."""

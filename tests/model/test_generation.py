@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ NAMES = [
     "transformer-window64",
 ]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="the kernel is in Triton")
 
 
 def rows(steps):
@@ -233,3 +235,34 @@ def test_bad_arguments_raise_at_the_call(change, named):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 3, **change}
     with pytest.raises(ValueError, match=named):
         generate(make_model(WALK[NAMES[0]]), **arguments)  # not even iterated
+
+
+@needs_triton
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("how", ["likeliest", "tempered", "top-k"])
+def test_the_fused_end_of_a_step_does_what_its_pieces_do(device, how, monkeypatch):
+    from newllm import graph_generation
+    from newllm.model import next_token
+
+    monkeypatch.setattr(next_token, "MOST", 64)  # rows of several blocks of columns
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 40, (6, 200), generator=generator).float().to(device)  # with ties
+    rates = times = None
+    if how != "likeliest":
+        times = torch.empty(6, 200).exponential_(generator=generator).to(device)
+        times[0, 7] = 1e-9  # a clock that rings whatever its rate, unless top-k has cut it
+    if how == "top-k":
+        rates = distribution(logits, 1.7, top_k=20)
+    logits[2, 70], logits[3, 5], logits[4] = float("nan"), float("inf"), -float("inf")
+    results = []
+    for ending in (graph_generation._next_token, next_token.next_token):
+        tokens = torch.tensor([1, 7, 1, 1, 1, 7], device=device)
+        written, number = torch.zeros(3, 6, dtype=torch.int64, device=device), torch.full((6,), 2, device=device)
+        broken = torch.tensor([1, 0, 0, 0, 0, 0], dtype=torch.int32, device=device)
+        ending(logits, rates, times, 1.7, tokens, written, number, broken, 7)
+        tokens[2:5] = written[:, 2:5] = 0  # of broken logits, and of none above -inf, the token is any
+        results.append((tokens, written, number, broken))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    assert results[1][3].tolist() == [1, 0, 1, 1, 0, 0]
+    assert results[1][0][[1, 5]].tolist() == [7, 7]
