@@ -101,11 +101,11 @@ def test_report_refuses_another_file_in_one_line(tmp_path, capsys):
 def test_the_full_cell_on_a_tiny_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recurrent, "DEVICE", "cpu")
     monkeypatch.setattr(recurrent, "SECONDS", 0.0)
-    monkeypatch.setitem(recurrent.SHAPES, "cpu", {(2, 40, 16): {torch.float32: [(4, 1e-3)]}})
+    monkeypatch.setitem(recurrent.SHAPES, "cpu", {(2, 40, 16): {torch.float32: [(4, 0, 1e-3)]}})
     path = tmp_path / "recurrent.json"
     assert recurrent.main(["--results", str(path)]) == 0
     rows = json.loads(path.read_text())["recurrent"]
-    assert {row["name"] for row in rows} == {"Python loop", "in order", "4 chunks to 0.001", "auto"}
+    assert {row["name"] for row in rows} == {"Python loop", "in order", "4 chunks after 0 to 0.001", "auto"}
     assert all(row["forward_us"] > 0 and row["backward_us"] > 0 for row in rows)
     chunks = next(row for row in rows if row["name"].startswith("4"))
     assert chunks["difference"] < 1e-2
