@@ -61,8 +61,8 @@ def recurrent_context(
         norm: where LayerNorm stands: "state", "output" or None.
         chunks: of time, run side by side in passes until they meet, in the backward too (newllm_kernels/recurrent_context/
             chunks.py); 1: all steps in order of time. For few, long sequences, which leave the device idle.
-        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16, 2e-4
-            for float16, 1e-13 for float64.
+        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16 (4e-3 in
+            the adjoint, of which rounding keeps starts that far apart) and float16, 1e-13 for float64.
         passes: the most there are; what still moves then runs in order of time. `record_seams` tells how many it took.
         warm_up: steps before a chunk that its first start is read from, beginning with c0, for all chunks side by side. A cell that
             has forgotten c0 by then takes one pass.
@@ -114,7 +114,7 @@ def recurrent_context(
     eps, clamp = checks.eps(eps), checks.clamp(clamp)
     kinds = checks.choice("activation", activation, reference.ACTIVATIONS), checks.choice("norm", norm, reference.NORMS)
     way = (
-        checks.count("chunks", chunks), *_seam(tolerance, z), checks.count("passes", passes),
+        checks.count("chunks", chunks), *_seam(tolerance), checks.count("passes", passes),
         checks.count("warm_up", warm_up, least=0),
     )  # fmt: skip
     # On a CPU products cost more than memory, and fused steps in order have pre-activations in hand: these are kept for the
@@ -130,9 +130,9 @@ def recurrent_context(
     return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save, *way)[:2]
 
 
-def _seam(tolerance: float | None, z: Tensor) -> tuple[float]:
+def _seam(tolerance: float | None) -> tuple[float]:
     if tolerance is None:
-        return (in_chunks.TOLERANCE[z.dtype],)
+        return (in_chunks.OF_DTYPE,)
     if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise ValueError(f"tolerance: got {tolerance!r}, wanted a number of at least 0 or None")
     return (float(tolerance),)

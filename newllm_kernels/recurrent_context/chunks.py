@@ -26,10 +26,13 @@ from torch import Tensor
 from newllm_kernels.context_scan import seams
 from newllm_kernels.scan import scan
 
-# Of a start's relative change, where nothing else is asked for. 32 bits: a fraction of what outputs may be off by, for changes of
-# several passes may add up; 64: what rounding leaves of 64 chunks. 16 bits: on a GPU operands are rounded, so that starts
-# ever so close end some 1e-3 (bfloat16) apart, and less could only be reached by as many passes as chunks (docs/numerics.md).
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float64: 1e-13}
+# Of a start's relative change, where nothing else is asked for: (forward, adjoint). 32 bits: a fraction of what outputs may be off by,
+# for changes of several passes may add up; 64: what rounding leaves of 64 chunks. 16 bits: on a GPU operands are rounded, so that starts
+# ever so close end apart, and less could only be reached by as many passes as chunks (docs/numerics.md).
+TOLERANCES = {
+    torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-3, 4e-3), torch.float16: (1e-3, 1e-3), torch.float64: (1e-13, 1e-13),
+}  # fmt: skip
+OF_DTYPE = -1.0  # a tolerance that stands for these
 
 # How the last adjoints by a plan went, for who decides about the next call and is not there when they run: (T, D, plan) ->
 # (passes, whether the rest went in order of time).
@@ -46,6 +49,9 @@ class Plan(NamedTuple):
     tolerance: float
     passes: int  # the most
     warm_up: int = 0  # steps that a chunk's first start is read from
+
+    def of(self, dtype: torch.dtype, adjoint: bool) -> Plan:
+        return self._replace(tolerance=TOLERANCES[dtype][adjoint]) if self.tolerance == OF_DTYPE else self
 
     def applies(self, T: int) -> bool:
         return self.chunks > 1 and 2 * self.chunks + self.warm_up <= T
@@ -103,6 +109,7 @@ def forward(
     """(c, c_last, pre). kernel(z, c0, *weights, save, decay); `width` is S, that of a row of pre."""
     (B, T, _), D, K = z.shape, c0.shape[1], plan.chunks
     W, C = plan.steps(T)
+    plan = plan.of(z.dtype, adjoint=False)
     c, pre = z.new_empty(B, T, D), z.new_empty((B, T, width) if save else (0,))
     starts = c0[:, None].expand(-1, K, -1)
     if W:
@@ -149,6 +156,7 @@ def backward(
     """(grad_pre, hidden, grad_c0, grad_norm (B, 2, D)). kernel(grad_c, grad_c_last, pre, c, c0, *weights, decay)."""
     (B, T, D), K = c.shape, plan.chunks
     W, C = plan.steps(T)
+    plan = plan.of(c.dtype, adjoint=True)
     body = K * C
     grad_pre, hidden = pre.new_empty(pre.shape), pre.new_empty(B, T, hidden_width)
     grad = c0.new_zeros(B, D) if grad_c_last is None else grad_c_last.to(c0.dtype)
