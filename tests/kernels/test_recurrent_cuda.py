@@ -137,7 +137,7 @@ def test_chunks_of_a_cell_that_forgets_are_the_order_of_time(D):
     with nk.record_seams() as seams:
         got, _ = made.run()
     assert (seams[0].chunks, seams[0].passes, seams[0].in_order) == (4, 1, False)
-    assert relative_error(got, want.double()) <= 1e-3
+    assert relative_error(got, want.cpu().double()) <= 1e-3
 
 
 # Gradients cannot be closer than their roundings to bfloat16 (docs/numerics.md). So both ways are held to the truth, by the same bound.
