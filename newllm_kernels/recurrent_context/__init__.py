@@ -61,7 +61,7 @@ def recurrent_context(
         norm: where LayerNorm stands: "state", "output" or None.
         chunks: of time, run side by side in passes until they meet, in the backward too (newllm_kernels/recurrent_context/
             chunks.py); 1: all steps in order of time. For few, long sequences, which leave the device idle.
-        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16 (4e-3 in
+        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16 (8e-3 in
             the adjoint, of which rounding keeps starts that far apart) and float16, 1e-13 for float64.
         passes: the most there are; what still moves then runs in order of time. `record_seams` tells how many it took.
         warm_up: steps before a chunk that its first start is read from, beginning with c0, for all chunks side by side. A cell that

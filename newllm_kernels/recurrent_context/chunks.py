@@ -30,7 +30,7 @@ from newllm_kernels.scan import scan
 # for changes of several passes may add up; 64: what rounding leaves of 64 chunks. 16 bits: on a GPU operands are rounded, so that starts
 # ever so close end apart, and less could only be reached by as many passes as chunks (docs/numerics.md).
 TOLERANCES = {
-    torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-3, 4e-3), torch.float16: (1e-3, 1e-3), torch.float64: (1e-13, 1e-13),
+    torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-3, 8e-3), torch.float16: (1e-3, 1e-3), torch.float64: (1e-13, 1e-13),
 }  # fmt: skip
 OF_DTYPE = -1.0  # a tolerance that stands for these
 

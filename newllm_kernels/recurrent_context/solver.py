@@ -16,7 +16,7 @@ from newllm_kernels.recurrent_context import Cell, costs, predicted
 from newllm_kernels.recurrent_context.chunks import Plan, adjoints
 
 SOLVERS = ("sequential", "chunked", "auto")
-GUESSED_MEMORY = 256  # steps, before anything has been seen
+GUESSED_MEMORY = 128  # steps, before anything has been seen
 FORGET_AFTER = 1024  # calls: training changes the cell, so what was too slow is tried again
 SHORTEST = 16  # steps of a chunk
 CHUNKS = (2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32, 48, 56, 64, 96, 112, 128, 192, 256, 384, 512, 768, 1024)
@@ -123,10 +123,10 @@ class Solver:
         # "auto" asks for a tenth more, for what nobody knows.
         best, least = ((1, 0, self.passes), 0.9 * in_order) if self.kind == "auto" else ((2, 0, self.passes), math.inf)
         for K in CHUNKS:
-            steps = (T - W) // K
-            if steps < SHORTEST:
+            if T - W < K * SHORTEST:
                 break
-            once, warm = steps * time(B * K) + overhead, W * time(B * K) + overhead
+            warm_up, steps = Plan(K, 0.0, 1, W).steps(T)
+            once, warm = steps * time(B * K) + overhead, warm_up * time(B * K) + overhead
             if warm + once < least:
                 # No more than order of time would have taken: what does not meet by then has cost a call's time.
                 most = min(self.passes, int((in_order - warm) / once)) if self.kind == "auto" else self.passes

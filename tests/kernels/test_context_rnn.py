@@ -280,7 +280,7 @@ def test_auto_goes_by_what_it_has_seen(monkeypatch):
     auto = module.Solver("auto")
     assert call(100) == (1, 0)
     full = filled_by(128)()
-    assert module.Solver("chunked")._choose(4, 1024, *full)[:2] == (32, 256)
+    assert module.Solver("chunked")._choose(4, 1024, *full)[:2] == (32, module.GUESSED_MEMORY)
     assert module.Solver("chunked", chunks=5, warm_up=7)._choose(4, 1024, *full) == (5, 7, 8)
 
 
