@@ -161,38 +161,40 @@ def backward(
     grad_pre, hidden = pre.new_empty(pre.shape), pre.new_empty(B, T, hidden_width)
     grad = c0.new_zeros(B, D) if grad_c_last is None else grad_c_last.to(c0.dtype)
     grad_norm, norm_of_head = c0.new_zeros(B, K, 2, D), c0.new_zeros(B, 2, D)
-    before = torch.cat(
-        (c0[:, None], c[:, C - 1 : T - 1 : C].to(c0.dtype)), dim=1
-    )  # contexts that stand before step k C
+    before = torch.cat((c0[:, None], c[:, C - 1 : T - 1 : C].to(c0.dtype)), dim=1)  # contexts before step k C
 
     def window(x: Tensor | None, first: int, length: int) -> Tensor | None:
-        """Pieces, that of the last chunk of a row first."""
-        if x is None:
-            return None
-        return _windows(x, first, length, C, K).unflatten(0, (B, K)).flip(1).flatten(0, 1)
+        return None if x is None else _windows(x, first, length, C, K)
+
+    def turned(x: Tensor) -> Tensor:
+        """Between the order of the walk and that of time, in which rows of kernels lie, so that what is large need not move."""
+        return x.unflatten(0, (B, K)).flip(1).flatten(0, 1)
 
     starts = torch.cat((grad[:, None], torch.zeros_like(grad)[:, None].expand(-1, K - 1, -1)), dim=1)
     if W:
-        windows = (window(x, C, W) for x in (grad_c, pre, c))
-        outside, pre_, c_ = windows
-        at = before[:, 1 : K + 1].flip(1).flatten(0, 1)
-        got, got_hidden, ends, got_norm, _ = kernel(outside, starts.flatten(0, 1), pre_, c_, at, *weights, False)
-        grad_pre[:, body:], hidden[:, body:], norm_of_head = got[::K], got_hidden[::K], got_norm[::K]
-        starts = ends.unflatten(0, (B, K)).contiguous()
+        outside, pre_, c_ = (window(x, C, W) for x in (grad_c, pre, c))
+        at = before[:, 1 : K + 1].flatten(0, 1)
+        got, got_hidden, ends, got_norm, _ = kernel(
+            outside, starts.flip(1).flatten(0, 1), pre_, c_, at, *weights, False
+        )
+        last = slice(K - 1, None, K)
+        grad_pre[:, body:], hidden[:, body:], norm_of_head = got[last], got_hidden[last], got_norm[last]
+        starts = ends.unflatten(0, (B, K)).flip(1)
     inputs = [window(x, 0, C) for x in (grad_c, pre, c)]
-    first_contexts = before[:, :K].flip(1).flatten(0, 1)
+    first_contexts = before[:, :K].flatten(0, 1)
     pre_chunks, hidden_chunks = (x[:, :body].unflatten(1, (K, C)) for x in (grad_pre, hidden))
 
     def run(which: Tensor | None, starts: Tensor) -> tuple[Tensor, Tensor]:
         count = len(starts)
+        starts, which = (turned(starts), None) if which is None else (starts, which + K - 1 - 2 * (which % K))
         more, starts = _padded(which, starts, B * K)
         outside, pre_, c_ = (x if x is None or more is None else x[more] for x in inputs)
         start = first_contexts if more is None else first_contexts[more]
         got, got_hidden, end, got_norm, decay = kernel(outside, starts, pre_, c_, start, *weights, True)
-        _put(pre_chunks, which, got[:count], backwards=True)
-        _put(hidden_chunks, which, got_hidden[:count], backwards=True)
+        _put(pre_chunks, which, got[:count])
+        _put(hidden_chunks, which, got_hidden[:count])
         _put(grad_norm, which, got_norm[:count])
-        return end[:count], decay[:count]
+        return (turned(end), turned(decay)) if which is None else (end[:count], decay[:count])
 
     ends, (passes, mismatch), rest = solve(run, starts, plan)
     end = ends[:, -1]
@@ -203,7 +205,7 @@ def backward(
         grad_pre[:, :stop], hidden[:, :stop], end, of_rest, _ = kernel(
             outside, begin.contiguous(), pre[:, :stop], c[:, :stop], c0, *weights, False
         )
-        grad_norm = torch.cat((grad_norm[:, :first], of_rest[:, None]), dim=1)
+        grad_norm = torch.cat((of_rest[:, None], grad_norm[:, K - first :]), dim=1)
     seams.report_known("backward", C, K, passes, mismatch, rest is not None)
     adjoints[T, D, plan._replace(tolerance=0.0)] = passes, rest is not None
     if len(adjoints) > MOST_ADJOINTS:
@@ -224,12 +226,10 @@ def _padded(which: Tensor | None, starts: Tensor, whole: int) -> tuple[Tensor | 
     return which[again], starts[again]
 
 
-def _put(target: Tensor, which: Tensor | None, rows: Tensor, backwards: bool = False) -> None:
-    """rows (n, ...) into target (B, K, ...) where `which` says; `backwards` turns the order of the K chunks."""
+def _put(target: Tensor, which: Tensor | None, rows: Tensor) -> None:
+    """rows (n, ...) into target (B, K, ...) where `which` says."""
     B, K = target.shape[:2]
     if which is None:
-        rows = rows.unflatten(0, (B, K))
-        target.copy_(rows.flip(1) if backwards else rows)
+        target.copy_(rows.unflatten(0, (B, K)))
     else:
-        k = which % K
-        target[which // K, K - 1 - k if backwards else k] = rows
+        target[which // K, which % K] = rows

@@ -19,6 +19,7 @@ SOLVERS = ("sequential", "chunked", "auto")
 GUESSED_MEMORY = 128  # steps, before anything has been seen
 FORGET_AFTER = 1024  # calls: training changes the cell, so what was too slow is tried again
 SHORTEST = 16  # steps of a chunk
+MOST_COPIES = 8  # of every step, in the warm-ups of chunks: several sequences' windows are copied
 CHUNKS = (2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28, 32, 48, 56, 64, 96, 112, 128, 192, 256, 384, 512, 768, 1024)
 
 Time = Callable[[int], float]  # of a step of so many rows
@@ -126,6 +127,8 @@ class Solver:
             if T - W < K * SHORTEST:
                 break
             warm_up, steps = Plan(K, 0.0, 1, W).steps(T)
+            if B > 1 and warm_up > MOST_COPIES * steps:
+                break
             once, warm = steps * time(B * K) + overhead, warm_up * time(B * K) + overhead
             if warm + once < least:
                 # No more than order of time would have taken: what does not meet by then has cost a call's time.

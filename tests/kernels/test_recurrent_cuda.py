@@ -145,8 +145,9 @@ def test_chunks_of_a_cell_that_forgets_are_the_order_of_time(D):
 
 # Gradients cannot be closer than their roundings to bfloat16 (docs/numerics.md). So both ways are held to the truth, by the same bound.
 @pytest.mark.parametrize("D", [256, 768])
-def test_chunks_are_as_true_as_the_order_of_time(D):
-    made = problem(2, 90, D, clamp=None, chunks=4, passes=8)
+@pytest.mark.parametrize(("B", "warm_up"), [(2, 0), (1, 33)])  # windows that are copied, and that share their steps
+def test_chunks_are_as_true_as_the_order_of_time(B, warm_up, D):
+    made = problem(B, 90, D, clamp=None, chunks=4, passes=8, warm_up=warm_up)
     with nk.record_seams() as seams:
         for name, (error, _) in errors(made).items():
             bound = (GRADIENT_TOLERANCE if name.startswith("grad") else TOLERANCE)[torch.bfloat16]
