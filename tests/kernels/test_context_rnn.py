@@ -317,6 +317,22 @@ def test_memory_between_bounds():
     assert (memory.too_few, memory.enough, memory.guess()) == (896, 1024, 1024)
 
 
+def test_windows_of_several_rows_are_not_copied_without_end():
+    from newllm_kernels.recurrent_context import solver as module
+
+    auto = module.Solver("auto")
+    auto.memory.learn(2000, 100, passes=1, met=True)
+    auto.memory.learn(1000, 950, passes=2, met=True)
+    time, overhead = filled_by(1024)()
+    found = {}
+    for B in (1, 2):
+        K, W, _ = auto._choose(B, 16384, time, overhead)
+        W, steps = module.Plan(K, 0.0, 1, W).steps(16384)
+        found[B] = K, W / steps
+    assert found[2][1] <= module.MOST_COPIES < found[1][1]
+    assert found[2][0] < found[1][0]
+
+
 def test_unknown_solver():
     with pytest.raises(ValueError, match="solver: got 'newton', wanted one of 'sequential', 'chunked', 'auto'"):
         nk.ContextRNN(E, H, D, solver="newton")
