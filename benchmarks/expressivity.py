@@ -7,7 +7,8 @@ product of a word is right four times in five, up to 32: the same curriculum for
 
 On a GPU runs go side by side on streams of their own, steps in CUDA graphs that draw their data from a pool on the GPU; New-LLM and
 the Transformer compute in bfloat16 over float32 weights, as `newllm train` does, torch.nn.LSTM in float32. Results are
-written after every wave of runs. `python benchmarks/report.py FILE` prints and draws a results file again.
+added to --results after every wave of runs, and what is there already is not run again: a stopped command goes on where it was when
+it is given once more, and several, started side by side, share one file. `python benchmarks/report.py FILE` prints and draws it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 import report
 import torch
 import word_problems
+from expressivity_results import add, identity, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
@@ -230,7 +232,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="of New-LLM and the Transformer (default: auto, bfloat16 on a GPU)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--verbose", action="store_true", help="tell every 500 steps how long the words are by now")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="add the figures to this JSON file; runs that it holds are not made again",
+    )
     return parser.parse_args(arguments)
 
 
@@ -251,38 +258,41 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--steps: wanted a multiple of {UNROLLED}; --width, --layers, --lanes: at least 1")
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
+        header = {
+            **report.environment(), "precision": str(dtype).removeprefix("torch."), "trained": TRAINED, "words": ASKED_WORDS,
+        }  # fmt: skip
+        there = set()
+        if args.results:
+            there = {identity(run) for run in load(args.results, header)["expressivity"]}
     except ValueError as error:
         print(f"expressivity: error: {one_line(error)}", file=sys.stderr)
         return 2
-    content: dict[str, Any] = {
-        **report.environment(), "command": " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])]),
-        "precision": str(dtype).removeprefix("torch."), "trained": TRAINED, "words": ASKED_WORDS, "expressivity": [],
-    }  # fmt: skip
+    command = " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])])
     for problem in args.problems:
         table = word_problems.multiplication_table(problem).to(device)
         pool, _ = word_problems.draw(table, min(POOL, args.steps * args.batch), TRAINED, seed=1)
         asked = word_problems.draw(table, ASKED_WORDS, max(ASKED), seed=2)
         full = full_cell(len(table), args.width, args.layers)
-        jobs = [(name, config) for name in args.models for config in configs]
+        shapes = {name: make_model(name, full)[1] for name in args.models}
+        jobs = [
+            (name, config)
+            for name in args.models
+            for config in configs
+            if (problem, name, shapes[name], config.lr, config.seed, args.steps, args.batch) not in there
+        ]
         for first in range(0, len(jobs), args.lanes):
             lanes = [Lane(name, full, config, table, pool, dtype) for name, config in jobs[first : first + args.lanes]]
             seconds = train(lanes, args.steps, args.verbose)
-            for lane in lanes:
-                run = {
-                    "problem": problem,
-                    "steps": args.steps,
-                    "batch": args.batch,
-                    **lane.result(*asked),
-                    "wave_seconds": round(seconds, 2),
-                }
-                content["expressivity"].append(run)
+            runs = [
+                {"problem": problem, "steps": args.steps, "batch": args.batch, **lane.result(*asked), "wave_seconds": round(seconds, 2)}
+                for lane in lanes
+            ]  # fmt: skip
+            for run in runs:
                 print(f"{problem:<7} {run['model']:<12} lr {run['lr']:g} seed {run['seed']}: words of {run['length']:>2}, loss "
                       f"{run['loss']:.4f}, right {' '.join(f'{x:.3f}' for x in run['accuracy'].values())}, {seconds:.1f} s",
                       file=sys.stderr, flush=True)  # fmt: skip
             if args.results:
-                draft = args.results.with_name(f".{args.results.name}")
-                draft.write_text(report.as_json(content))
-                draft.replace(args.results)
+                add(args.results, header, command, runs)
     return 0
 
 

@@ -17,10 +17,11 @@ SOLVED = 0.99
 
 
 def best_runs(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """By problem and model, the seeds of the learning rate that did best at the length of training (then in loss)."""
-    by_rate: dict[tuple[str, str], dict[float, list[Run]]] = {}
+    """By problem and model, the seeds of the learning rate (and steps) that did best at the length of training (then in loss)."""
+    by_rate: dict[tuple[str, str], dict[tuple[float, int, int], list[Run]]] = {}
     for run in runs:
-        by_rate.setdefault((run["problem"], run["model"]), {}).setdefault(run["lr"], []).append(run)
+        of_model = by_rate.setdefault((run["problem"], run["model"]), {})
+        of_model.setdefault((run["lr"], run["steps"], run["batch"]), []).append(run)
 
     def merit(seeds: list[Run]) -> tuple[float, float]:
         trained = min(seeds[0]["accuracy"], key=int)

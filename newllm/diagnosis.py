@@ -26,6 +26,7 @@ CHUNK_STEPS = (16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 LEVELS = (0.1, 0.01, 0.001)  # of a perturbation's size, relative to the context's
 STARTS = 8  # other starts that the memory horizon is the median over
+PLACES = 16  # of the text, at which another start is looked back on
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Diagnosis:
     lyapunov: float  # nats per step
     horizon: dict[str, int | None]  # steps until a start's trace is below a level for good; None: longer than the text
     trace: list[float]  # relative distance of contexts from another start, step by step, median over starts
+    forgetting: list[dict[str, float]]  # {"steps", "median", "worst"}, see `forgetting`
     passes: list[dict[str, int]]  # {"T", "chunk", "chunks", "passes"}; as many as chunks: they never met before
     effective_rank: float
     participation: float
@@ -81,7 +83,7 @@ def _of_cell(name: str, cell: ContextCell, from_x: Tensor, state: Tensor, progre
     entropy = -(shares * shares.clamp_min(1e-300).log()).sum()
     return Diagnosis(
         name, from_x.shape[1], lyapunov(exact, from_x, start, progress=progress), horizon, trace,
-        passes(exact, from_x, start, progress=progress),
+        forgetting(exact, from_x, start, contexts), passes(exact, from_x, start, progress=progress),
         math.exp(entropy), (1 / shares.square().sum()).item(), shares.tolist(),
         gate_statistics(exact, from_x, start, contexts),
     )  # fmt: skip
@@ -128,6 +130,22 @@ def memory(
         last = int(above[-1]) + 1 if len(above) else 0
         horizon[f"{level:g}"] = None if last == len(trace) else last
     return trace.tolist(), horizon
+
+
+def forgetting(cell: ContextCell, from_x: Tensor, start: Tensor, contexts: Tensor) -> list[dict[str, float]]:
+    """What is left, after 16, 32, 64 ... steps, of having begun in the middle of the text with the start context instead of that of the
+    text before: relative distance of contexts, median and largest of PLACES places. Chunks of time that are warmed up for so many
+    steps fit together as well as the largest, their worst seam."""
+    T, steps, found = from_x.shape[1], CHUNK_STEPS[0], []
+    while 2 * steps <= T:
+        ends = [steps + (T - steps) * k // PLACES for k in range(1, PLACES + 1)]
+        windows = torch.cat([from_x[:, end - steps : end] for end in ends])
+        _, got = _run(cell, windows, start.expand(PLACES, -1))
+        true = contexts[0, [end - 1 for end in ends]]
+        distance = (got - true).norm(dim=-1) / true.norm(dim=-1)
+        found.append({"steps": steps, "median": distance.median().item(), "worst": distance.max().item()})
+        steps *= 2
+    return found
 
 
 def passes(cell: ContextCell, from_x: Tensor, start: Tensor, *, progress: bool = False) -> list[dict[str, int]]:

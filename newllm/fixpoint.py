@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from newllm import checkpoint
 from newllm.config import ModelConfig
 from newllm.diagnosis import variances
 from newllm.errors import UserError
@@ -42,6 +44,7 @@ PASSES = 64  # over a phrase, of a measurement
 MEASURED = 4096  # phrases, where they are not the whole vocabulary
 COMPARED = 2048  # fixed points whose similarities are looked at
 AT_ONCE = 2**24  # numbers of the contexts that are measured together
+SAVED_EVERY = 100  # steps
 FLOOR = 1e-5  # of a relative change, below which float32 has nothing to say about the rate
 
 
@@ -167,14 +170,25 @@ class FixpointTrainer:
         self._figures = torch.zeros(3, device=self.device)  # objective, move, alike
         self.step = 0
 
-    def train(self, log: Callable[[dict[str, Any]], None], *, every: int = 10) -> int | None:
-        """To the last step, or a signal, whose number is returned. Raises UserError where the objective is no number."""
+    def train(
+        self,
+        log: Callable[[dict[str, Any]], None],
+        *,
+        every: int = 10,
+        save: Callable[[], None] | None = None,
+        stop_after: int | None = None,
+    ) -> int | None:
+        """To the last step, for `stop_after` steps, or to a signal, whose number is returned; save() is called now and then. Raises
+        UserError where the objective is no number."""
         self.model.train()
+        last = self.config.steps if stop_after is None else min(self.config.steps, self.step + stop_after)
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         with catching_signals() as caught, bar:
-            while self.step < self.config.steps and not caught:
+            while self.step < last and not caught:
                 self._train_step()
                 bar.update()
+                if save is not None and self.step % SAVED_EVERY == 0:
+                    save()
                 if self.step % every == 0 or self.step == self.config.steps:
                     loss, move, alike = self._figures.tolist()
                     if not math.isfinite(loss):
@@ -182,6 +196,27 @@ class FixpointTrainer:
                     log({"step": self.step, "loss": loss, "move": move, "alike": alike})
                     bar.set_postfix_str(f"move {move:.2e}, alike {alike:.4f}")
         return caught[0] if caught else None
+
+    def save(self, file: Path, info: dict[str, Any]) -> None:
+        """All that decides how training goes on, and `info`."""
+        rng_tensors, rng_info = checkpoint.rng_state()  # of dropout; phrases are drawn by the step's number
+        tensors = (
+            checkpoint.prefixed("model", checkpoint.model_tensors(self.model))
+            | checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.weights.optimizer))
+            | checkpoint.prefixed("rng", rng_tensors)
+        )
+        checkpoint.save(file, tensors, info | {"fixpoint_step": self.step, "rng": rng_info})
+
+    def load(self, file: Path) -> dict[str, Any]:
+        """Go back to what `save` wrote, and return its `info`."""
+        tensors, info = checkpoint.load(file)
+        if "fixpoint_step" not in info:
+            raise UserError(f"{file}: not a checkpoint of newllm fixpoint")
+        checkpoint.load_model(self.model, checkpoint.with_prefix("model", tensors), file)
+        checkpoint.load_optimizer(self.weights.optimizer, checkpoint.with_prefix("optimizer", tensors))
+        checkpoint.set_rng_state(checkpoint.with_prefix("rng", tensors), info["rng"])
+        self.step = info["fixpoint_step"]
+        return info
 
     def _train_step(self) -> None:
         config = self.config

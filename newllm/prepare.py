@@ -169,7 +169,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     stored = run.config()
     if "fixpoint" in stored:
         raise UserError(
-            f"{run.path}: a run of newllm fixpoint, which trains in one go; start from it with --init {run.path}"
+            f"{run.path}: a run of newllm fixpoint; go on with newllm fixpoint --resume, or start from it with --init {run.path}"
         )
     model = run.model_config()
     config = dataclasses.replace(training_config(run), **changes)

@@ -109,9 +109,9 @@ def parameter(
     return value
 
 
-def count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
+def count(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")
     return value
 
 

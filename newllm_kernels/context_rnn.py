@@ -123,9 +123,9 @@ class ContextRNN(nn.Module):
         batch_first: whether x and output are (N, T, ...) instead of (T, N, ...).
         dropout: on the contexts that a layer hands to the next, in training.
         solver: "sequential", all steps in order of time; "chunked", `chunks` pieces of time side by side in passes until they
-            meet; "auto", whichever is predicted to be faster from the passes seen so far (few, long sequences on a GPU; inside a
-            CUDA graph's capture and torch.compile always in order).
-        chunks: for "chunked"; None: as many as are predicted to be fastest.
+            meet; "auto", whichever is predicted to be faster from how long the cell was seen to remember (few, long sequences on
+            a GPU; inside a CUDA graph's capture and torch.compile always in order).
+        chunks, warm_up: for "chunked"; chunks=None: as many, warmed up for as long, as are predicted to be fastest.
         tolerance, passes: when chunks have met, and how many passes there are at most; see `recurrent_context`.
 
     Shapes:
@@ -171,6 +171,7 @@ class ContextRNN(nn.Module):
         chunks: int | None = None,
         tolerance: float | None = None,
         passes: int = 8,
+        warm_up: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -197,7 +198,7 @@ class ContextRNN(nn.Module):
         self.layers = nn.ModuleList(
             ContextLayer(
                 context_dim if n else input_size, hidden_dim, context_dim, fnn_layers, activation, norm, clamp, eps,
-                bias, Solver(solver, chunks, tolerance, passes), device, dtype,
+                bias, Solver(solver, chunks, tolerance, passes, warm_up), device, dtype,
             )
             for n in range(num_layers)
         )  # fmt: skip

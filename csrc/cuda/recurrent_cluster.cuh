@@ -163,16 +163,16 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
       const T* row = W_c + int64_t(rank * kBlockUnits + tile * 8 + g) * D + first;
-      to_hidden[from][tile] = make_uint2(two_of(row, 0, 1), two_of(row, 8, 9));
+      to_hidden[from][tile] = make_uint2(two_operands(row, 0, 1), two_operands(row, 8, 9));
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       w[from][k] = weight_at(first + k / 2 * 8 + k % 2), b[from][k] = bias_at(first + k / 2 * 8 + k % 2);
     }
-    operand[from] = make_uint4(two_packed<T>(start_at(g, first), start_at(g, first + 1)),
-                               two_packed<T>(start_at(g + 8, first), start_at(g + 8, first + 1)),
-                               two_packed<T>(start_at(g, first + 8), start_at(g, first + 9)),
-                               two_packed<T>(start_at(g + 8, first + 8), start_at(g + 8, first + 9)));
+    operand[from] = make_uint4(two_packed<Operand>(start_at(g, first), start_at(g, first + 1)),
+                               two_packed<Operand>(start_at(g + 8, first), start_at(g + 8, first + 1)),
+                               two_packed<Operand>(start_at(g, first + 8), start_at(g, first + 9)),
+                               two_packed<Operand>(start_at(g + 8, first + 8), start_at(g + 8, first + 9)));
   }
 #pragma unroll
   for (int step = 0; step < 2 * kFrom; ++step) {
@@ -180,13 +180,14 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int tile = 0; tile < 6; ++tile) {
       const T* row = W_g + int64_t(tile / 2 * D + rank * kBlockColumns + tile % 2 * 8 + g) * H +
                      (warp * 2 * kFrom + step) * 16 + 2 * q;
-      to_gates[step][tile] = make_uint2(two_of(row, 0, 1), two_of(row, 8, 9));
+      to_gates[step][tile] = make_uint2(two_operands(row, 0, 1), two_operands(row, 8, 9));
     }
   }
 
   const int column = place.column;
   const bool real = place.row < shape.B;
-  const float limit = float(args.norm.clamp_value), eps = float(args.norm.eps);
+  const float limit = float(args.norm.clamp_value), operand_limit = fminf(limit, kMostOperand);
+  const float eps = float(args.norm.eps);
   const float* gate_bias = static_cast<const float*>(args.weights.gates_bias);
   float state = start_at(place.own_row, column), u = 0, decay = 1, keep = 0;
   const float own_w = weight_at(column), own_b = bias_at(column);
@@ -237,10 +238,11 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       const uint4 raw = memory.columns[(warp * kFrom + from) * 32 + lane];
       const auto normal = [&](uint32_t bits, int k, int half) {
         float pair[2];
-        Vec<T, 2>::unpack(reinterpret_cast<const typename Vec<T, 2>::Raw&>(bits), pair);
+        Vec<Operand, 2>::unpack(reinterpret_cast<const Vec<Operand, 2>::Raw&>(bits), pair);
         const float shift = -mean[half] * rstd[half];
-        return two_packed<T>(clamped(fmaf(pair[0], rstd[half], shift) * w[from][k] + b[from][k], limit),
-                             clamped(fmaf(pair[1], rstd[half], shift) * w[from][k + 1] + b[from][k + 1], limit));
+        const float first = fmaf(pair[0], rstd[half], shift) * w[from][k] + b[from][k];
+        const float second = fmaf(pair[1], rstd[half], shift) * w[from][k + 1] + b[from][k + 1];
+        return two_packed<Operand>(clamped(first, operand_limit), clamped(second, operand_limit));
       };
       operand[from] = make_uint4(normal(raw.x, 0, 0), normal(raw.y, 0, 1), normal(raw.z, 2, 0), normal(raw.w, 2, 1));
     }
@@ -267,13 +269,14 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int from = 0; from < kFrom; ++from) {
       const uint32_t a[4] = {operand[from].x, operand[from].y, operand[from].z, operand[from].w};
 #pragma unroll
-      for (int tile = 0; tile < 4; ++tile) mma<T>(hidden[tile], a, to_hidden[from][tile].x, to_hidden[from][tile].y);
+      for (int tile = 0; tile < 4; ++tile)
+        mma<Operand>(hidden[tile], a, to_hidden[from][tile].x, to_hidden[from][tile].y);
     }
     store_partial<4, Memory::kTile>(memory.hidden[warp] + lane, hidden);
     __syncthreads();
     const float2 a = place.unit_total(memory.hidden[0]);
-    const uint32_t h = two_packed<T>(activated(from_raw<T>(z[0]) + a.x, shape.activation).value,
-                                     activated(from_raw<T>(z[1]) + a.y, shape.activation).value);
+    const uint32_t h = two_operands(operand_of(activated(from_raw<T>(z[0]) + a.x, shape.activation).value),
+                                    operand_of(activated(from_raw<T>(z[1]) + a.y, shape.activation).value));
     place.send_units(place.unit_piece(h), unit_place, unit_bell);
     if (lane == 0) mbarrier_expect(memory.unit_barriers + warp, kFrom * 1024);
     if (z_in && t + 1 < shape.T) {
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       const uint4 v = memory.units[place.unit_operand(step)];
       const uint32_t a[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int tile = 0; tile < 6; ++tile) mma<T>(gates[tile], a, to_gates[step][tile].x, to_gates[step][tile].y);
+      for (int tile = 0; tile < 6; ++tile) mma<Operand>(gates[tile], a, to_gates[step][tile].x, to_gates[step][tile].y);
     }
     store_partial<6, Memory::kTile>(memory.gates[warp] + lane, gates);
     __syncthreads();
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     const float d = place.template column_total<6>(memory.gates[0], 4) + b_d;
     keep = sigmoid_fast(f).value;
     u = keep * state + sigmoid_fast(i).value * tanh_fast(d).value;
-    place.send_columns(place.template column_piece<T>(u), column_place, column_bell);
+    place.send_columns(place.template column_piece<Operand>(u), column_place, column_bell);
     // Mean of 16 columns and squares about it, by way of those about one of them.
     const float about = __shfl_sync(0xffffffffu, u, lane & 2), off = u - about;
     const float total = sum_owned(off), squares = sum_owned(off * off), mean = total * (1.0f / kBlockColumns);

@@ -43,6 +43,28 @@ __device__ __forceinline__ float clamped(float y, float limit) {
   return y;
 }
 
+// What products of the forward read, whatever the tensors hold: float16. A cell's contexts are of LayerNorm and clamp,
+// its hidden units and weights far below 65504, and there it has three bits more than bfloat16, so that rounding keeps
+// two ways through time an eighth as far apart (docs/numerics.md).
+using Operand = __half;
+constexpr float kMostOperand = 65504;
+
+// Of what is finite, something finite.
+__device__ __forceinline__ Operand operand_of(float x) {
+  return __float2half_rn(fabsf(x) < INFINITY ? clamped(x, kMostOperand) : x);
+}
+__device__ __forceinline__ Operand operand_of(__half x) { return x; }
+__device__ __forceinline__ Operand operand_of(__nv_bfloat16 x) { return operand_of(__bfloat162float(x)); }
+
+__device__ __forceinline__ uint32_t two_operands(Operand first, Operand second) {
+  return uint32_t(__half_as_ushort(first)) | uint32_t(__half_as_ushort(second)) << 16;
+}
+// Two numbers of a matrix.
+template <class T>
+__device__ __forceinline__ uint32_t two_operands(const T* matrix, int64_t first, int64_t second) {
+  return two_operands(operand_of(matrix[first]), operand_of(matrix[second]));
+}
+
 // Sum over the `width` (8 or 16) neighbouring lanes that hold one row's columns of this block.
 __device__ __forceinline__ float sum_columns(float x, int width) {
   for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -106,14 +128,13 @@ struct Unit {
 };
 
 // u of all columns, as it was sent, becomes c. A thread takes eight columns of one row at a time.
-template <class T>
-__device__ __forceinline__ void normalise_rows(T* rows, int D, const float2* statistics, const float* weight,
+__device__ __forceinline__ void normalise_rows(Operand* rows, int D, const float2* statistics, const float* weight,
                                                const float* bias, float limit) {
   const float2 s = statistics[threadIdx.x % kRows];
   const float shift = -s.x * s.y;
 #pragma unroll 2
   for (int chunk = threadIdx.x / kRows; chunk < D / 8; chunk += kTeamThreads / kRows) {
-    using Pair = typename Vec<T, 2>::Raw;
+    using Pair = typename Vec<Operand, 2>::Raw;
     uint4* target = reinterpret_cast<uint4*>(rows + chunk * kChunk + threadIdx.x % kRows * 8);
     uint4 values = *target;
     const float4* w = reinterpret_cast<const float4*>(weight + chunk * 8);
@@ -123,12 +144,12 @@ __device__ __forceinline__ void normalise_rows(T* rows, int D, const float2* sta
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float pair[2];
-      Vec<T, 2>::unpack(pairs[k], pair);
+      Vec<Operand, 2>::unpack(pairs[k], pair);
       const float w0 = k % 2 ? w4[k / 2].z : w4[k / 2].x, w1 = k % 2 ? w4[k / 2].w : w4[k / 2].y;
       const float b0 = k % 2 ? b4[k / 2].z : b4[k / 2].x, b1 = k % 2 ? b4[k / 2].w : b4[k / 2].y;
       pair[0] = clamped(fmaf(pair[0], s.y, shift) * w0 + b0, limit);
       pair[1] = clamped(fmaf(pair[1], s.y, shift) * w1 + b1, limit);
-      pairs[k] = Vec<T, 2>::pack(pair);
+      pairs[k] = Vec<Operand, 2>::pack(pair);
     }
     *target = values;
   }
@@ -149,10 +170,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const int D = shape.D, H = shape.H, Ds = shape.Ds, Hs = shape.Hs, blocks = shape.blocks;
   const int rank = blockIdx.x % blocks, local_team = blockIdx.x / blocks, team_index = first_team + local_team;
   extern __shared__ __align__(16) char storage[];
-  T* to_hidden = reinterpret_cast<T*>(storage);  // (Hs, D) packed
-  T* to_gates = to_hidden + Hs * D;              // (3 Ds, H) packed
-  T* c_rows = to_gates + 3 * Ds * H;             // (kRows, D)
-  T* h_rows = c_rows + kRows * D;                // (kRows, H)
+  Operand* to_hidden = reinterpret_cast<Operand*>(storage);  // (Hs, D) packed
+  Operand* to_gates = to_hidden + Hs * D;                    // (3 Ds, H) packed
+  Operand* c_rows = to_gates + 3 * Ds * H;                   // (kRows, D)
+  Operand* h_rows = c_rows + kRows * D;                      // (kRows, H)
   float* weight = reinterpret_cast<float*>(h_rows + kRows * H);
   float *bias = weight + D, *partial = bias + D;
   const Split split_h(Hs), split_g(3 * Ds);
@@ -166,12 +187,13 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const Channel sum_channel{reinterpret_cast<uint4*>(sums), kRows / 2, 2 * (D + H)};
 
   const T *W_c = static_cast<const T*>(args.weights.context), *W_g = static_cast<const T*>(args.weights.gates);
-  pack_matrix(to_hidden, Hs, D, [&](int n, int k) { return W_c[int64_t(rank * Hs + n) * D + k]; });
-  pack_matrix(to_gates, 3 * Ds, H, [&](int n, int k) { return W_g[int64_t(n / Ds * D + rank * Ds + n % Ds) * H + k]; });
+  pack_matrix(to_hidden, Hs, D, [&](int n, int k) { return operand_of(W_c[int64_t(rank * Hs + n) * D + k]); });
+  pack_matrix(to_gates, 3 * Ds, H,
+              [&](int n, int k) { return operand_of(W_g[int64_t(n / Ds * D + rank * Ds + n % Ds) * H + k]); });
   const float* c0 = static_cast<const float*>(args.c0);
   for (int index = threadIdx.x; index < kRows * D; index += kTeamThreads) {
     const int64_t row = index / D, b = int64_t(team_index) * kRows + row;
-    c_rows[place_of(int(row), index % D)] = from_float<T>(b < shape.B ? c0[b * D + index % D] : 0.0f);
+    c_rows[place_of(int(row), index % D)] = operand_of(b < shape.B ? c0[b * D + index % D] : 0.0f);
   }
   for (int column = threadIdx.x; column < D; column += kTeamThreads) {
     weight[column] = args.norm.weight ? static_cast<const float*>(args.norm.weight)[column] : 1.0f;
@@ -181,8 +203,8 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   if (threadIdx.x < 2) mbarrier_init(barriers + threadIdx.x, 1);
   team.gather();
 
-  const Product<T> hidden_product(to_hidden, c_rows, D, split_h, partial);
-  const Product<T> gate_product(to_gates, h_rows, H, split_g, partial);
+  const Product<Operand> hidden_product(to_hidden, c_rows, D, split_h, partial);
+  const Product<Operand> gate_product(to_gates, h_rows, H, split_g, partial);
   const Place place(shape, team_index, rank);
   const Unit units[kUnitsPerThread] = {{shape, team_index, rank, 0}, {shape, team_index, rank, 1}};
   const float limit = float(args.norm.clamp_value), eps = float(args.norm.eps);
@@ -211,7 +233,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       if (!units[e].owned) continue;
       const float* of_unit = partial + units[e].row * split_h.stride() + units[e].unit;
       const float a = from_raw<T>(z[e]) + hidden_product.summed(of_unit);
-      h_rows[place_of(units[e].row, units[e].column)] = from_float<T>(activated(a, shape.activation).value);
+      h_rows[place_of(units[e].row, units[e].column)] = operand_of(activated(a, shape.activation).value);
       if (z_in[e] && t + 1 < shape.T) z[e] = load_raw(z_in[e] += args.z.stride_t);
     }
     __syncthreads();
@@ -223,7 +245,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       const float d = gate_product.summed(gate_sums + 2 * Ds) + b_d;
       keep = sigmoid_fast(f).value;
       u = keep * state + sigmoid_fast(i).value * tanh_fast(d).value;
-      c_rows[place_of(place.row, place.column)] = from_float<T>(u);
+      c_rows[place_of(place.row, place.column)] = operand_of(u);
     }
     // Of a block's columns of a row: their sum, and the squares about their own mean, which add up without
     // cancellation.
@@ -260,7 +282,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
         c_out += args.c.stride_t;
       }
     }
-    normalise_rows(c_rows, D, statistics, weight, bias, limit);
+    normalise_rows(c_rows, D, statistics, weight, bias, fminf(limit, kMostOperand));
     __syncthreads();
   }
   if (place.real) {

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int tile = 0; tile < 2; ++tile) {
       const T* row = W_c + int64_t(mesh.group * kGroupUnits + (2 * warp + tile) * 8 + mesh.g) * D;
       const int low = mesh.slice_column(step, 0), high = mesh.slice_column(step, 1);
-      to_hidden[step][tile] = make_uint2(two_of(row, low, low + 1), two_of(row, high, high + 1));
+      to_hidden[step][tile] = make_uint2(two_operands(row, low, low + 1), two_operands(row, high, high + 1));
     }
   }
 #pragma unroll
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int gate = 0; gate < 3; ++gate) {
       const T* row = W_g + int64_t(gate * D + mesh.group * kGroupColumns + warp * 8 + mesh.g) * H;
       const int low = mesh.slice_unit(step, 0), high = mesh.slice_unit(step, 1);
-      to_gates[step][gate] = make_uint2(two_of(row, low, low + 1), two_of(row, high, high + 1));
+      to_gates[step][gate] = make_uint2(two_operands(row, low, low + 1), two_operands(row, high, high + 1));
     }
   }
 
@@ -228,15 +228,16 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     w[n][0] = weight_at(column), w[n][1] = weight_at(column + 1);
     b[n][0] = bias_at(column), b[n][1] = bias_at(column + 1);
     reinterpret_cast<uint2*>(c_rows)[mesh.column_place(n)] =
-        make_uint2(two_packed<T>(start_at(warp, column), start_at(warp, column + 1)),
-                   two_packed<T>(start_at(warp + 8, column), start_at(warp + 8, column + 1)));
+        make_uint2(two_packed<Operand>(start_at(warp, column), start_at(warp, column + 1)),
+                   two_packed<Operand>(start_at(warp + 8, column), start_at(warp + 8, column + 1)));
   }
 
   const bool owner = threadIdx.x < kOwners;
   const int column = mesh.group * kGroupColumns + mesh.owned(), unit = mesh.group * kGroupUnits + mesh.owned();
   const int64_t row = mesh.row(mesh.owned_row());
   const bool real = row < shape.B;
-  const float limit = float(args.norm.clamp_value), eps = float(args.norm.eps);
+  const float limit = float(args.norm.clamp_value), operand_limit = fminf(limit, kMostOperand);
+  const float eps = float(args.norm.eps);
   const float* gate_bias = static_cast<const float*>(args.weights.gates_bias);
   float b_f = 0, b_i = 0, b_d = 0, state = 0, u = 0, decay = 1, keep = 0, own_w = 1, own_b = 0;
   if (owner) {
@@ -268,14 +269,14 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   for (int t = 0; t < shape.T; ++t) {
     const Step step(t);
     float4 hidden[2], gates[3];
-    mesh_product<T>(hidden, c_rows, to_hidden, lane);
+    mesh_product<Operand>(hidden, c_rows, to_hidden, lane);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) send(hidden[tile], hidden_there + tile * 64, hidden_bell);
     if (threadIdx.x == 0) mbarrier_expect(barriers, sizeof(hidden_parts));
     if (owner && t > 0) finish();
     mbarrier_wait(barriers, t & 1);
     const float h = activated(from_raw<T>(z) + hidden_parts.total(threadIdx.x), shape.activation).value;
-    store_relaxed(unit_target, step.number(from_float<T>(h)));
+    store_relaxed(unit_target, step.number(operand_of(h)));
     if (real && t + 1 < shape.T) z = load_raw(z_in += args.z.stride_t);
     uint4 units[kGroups / 4], piece[M::kPieces];
     receive(unit_source, units, [&](uint4 v, int) { return step.numbers(v); });
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     }
     __syncthreads();
 
-    mesh_product<T>(gates, h_rows, to_gates, lane);
+    mesh_product<Operand>(gates, h_rows, to_gates, lane);
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) send(gates[gate], gates_there + gate * 512, gate_bell);
     if (threadIdx.x == 0) mbarrier_expect(barriers + 1, sizeof(gate_parts));
@@ -308,11 +309,11 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     for (int n = 0; n < M::kPieces; ++n) {
       if (!mesh.some_columns(n) || mesh.is_sum(n)) continue;
       const auto normal = [&](uint32_t word, float mean, float rstd, int k) {
-        return clamped((real_of(word) - mean) * rstd * w[n][k] + b[n][k], limit);
+        return clamped((real_of(word) - mean) * rstd * w[n][k] + b[n][k], operand_limit);
       };
       reinterpret_cast<uint2*>(c_rows)[mesh.column_place(n)] =
-          make_uint2(two_packed<T>(normal(piece[n].x, s.x, s.y, 0), normal(piece[n].y, s.x, s.y, 1)),
-                     two_packed<T>(normal(piece[n].z, s.z, s.w, 0), normal(piece[n].w, s.z, s.w, 1)));
+          make_uint2(two_packed<Operand>(normal(piece[n].x, s.x, s.y, 0), normal(piece[n].y, s.x, s.y, 1)),
+                     two_packed<Operand>(normal(piece[n].z, s.z, s.w, 0), normal(piece[n].w, s.z, s.w, 1)));
     }
     if (warp == member && lane == 0) statistics = s;
     __syncthreads();

@@ -61,7 +61,13 @@ def _lines(one: Diagnosis) -> list[str]:
     for name, row in one.gates.items():
         spread = ", ".join(f"{key} {row[key]:.3f}" for key in ("10%", "50%", "90%"))
         lines.append(f"  {name:<26} mean {row['mean']:.3f}; {spread}; saturated {row['saturated']:.1%}")
-    return lines + _passes(one.passes)
+    return lines + _forgetting(one.forgetting) + _passes(one.passes)
+
+
+def _forgetting(rows: list[dict[str, float]]) -> list[str]:
+    lines = ["  left of a wrong start, median and worst place of the text, by steps since"]
+    lines.append(f"  {'':>8}" + "".join(f"{row['steps']:>12}" for row in rows))
+    return lines + [f"  {name:>8}" + "".join(f"{row[name]:>12.1e}" for row in rows) for name in ("median", "worst")]
 
 
 def _passes(rows: list[dict[str, Any]]) -> list[str]:

@@ -162,7 +162,8 @@ DIAGNOSE_TEXT = (
 FIXPOINT_TEXT = (
     "Train cells that see their own context to come to rest under a token or phrase that is repeated, each at a place of its own, "
     "and report convergence, effective rank and similarity of the fixed points before and after. Writes a run folder that newllm "
-    "train --init starts from. With no options: preset classic on the vocabulary of the built-in text."
+    "train --init starts from. With no options: preset classic on the vocabulary of the built-in text. Ctrl-C saves and stops; "
+    "--resume goes on."
 )
 GENERATE_TEXT = "Write on from a prompt with a run's best checkpoint, at constant memory however long the text."
 JUDGE_TEXT = (
@@ -189,6 +190,9 @@ def _train_options(parser: Parser) -> None:
 
 
 def _fixpoint_options(parser: Parser) -> None:
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run of newllm fixpoint (name or path) from its last "
+                        "checkpoint; beside it only --steps, --device, --threads, --json and --stop-after may be given")  # fmt: skip
+    parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N steps of this session")
     _data_options(parser.add_argument_group("data"))
     run = parser.add_argument_group("run folder")
     _option(run, "--run", "run", str, "its name under ./runs or $NEWLLM_RUNS (default: fixpoint, preset and time)")

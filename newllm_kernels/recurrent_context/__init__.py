@@ -34,6 +34,7 @@ def recurrent_context(
     chunks: int = 1,
     tolerance: float | None = None,
     passes: int = 8,
+    warm_up: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The full cell: hidden layers and gates see the context that they are about to change.
 
@@ -60,9 +61,11 @@ def recurrent_context(
         norm: where LayerNorm stands: "state", "output" or None.
         chunks: of time, run side by side in passes until they meet, in the backward too (newllm_kernels/recurrent_context/
             chunks.py); 1: all steps in order of time. For few, long sequences, which leave the device idle.
-        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16, 2e-4
-            for float16, 1e-13 for float64.
+        tolerance: relative change of a chunk's start below which it rests; None: 1e-6 for float32, 1e-3 for bfloat16 (8e-3 in
+            the adjoint, of which rounding keeps starts that far apart) and float16, 1e-13 for float64.
         passes: the most there are; what still moves then runs in order of time. `record_seams` tells how many it took.
+        warm_up: steps before a chunk that its first start is read from, beginning with c0, for all chunks side by side. A cell that
+            has forgotten c0 by then takes one pass.
 
         Weights may be of any dtype and are used in z's; biases stay float32 (float64 beside float64).
 
@@ -110,19 +113,26 @@ def recurrent_context(
     weight, bias = checks.affine("weight", weight, D, "z", z), checks.affine("bias", bias, D, "z", z)
     eps, clamp = checks.eps(eps), checks.clamp(clamp)
     kinds = checks.choice("activation", activation, reference.ACTIVATIONS), checks.choice("norm", norm, reference.NORMS)
-    way = checks.count("chunks", chunks), *_seam(tolerance, z), checks.count("passes", passes)
-    # On a CPU products cost more than memory, and fused steps have pre-activations in hand: these are kept for the backward.
-    # The persistent kernel keeps none; a GPU computes them again in no time.
+    way = (
+        checks.count("chunks", chunks), *_seam(tolerance), checks.count("passes", passes),
+        checks.count("warm_up", warm_up, least=0),
+    )  # fmt: skip
+    # On a CPU products cost more than memory, and fused steps in order have pre-activations in hand: these are kept for the
+    # backward. The persistent kernel keeps none, and chunks would copy them: a GPU computes them again in no time.
     save = torch.is_grad_enabled() and (
-        z.device.type == "cpu" or _select(z, c0, hidden_weight, gate_weight, kinds[1], way[0]).backend != "cuda"
+        z.device.type == "cpu"
+        or not (
+            in_chunks.Plan(*way).applies(z.shape[1])
+            or _select(z, c0, hidden_weight, gate_weight, kinds[1], way).backend == "cuda"
+        )
     )
     weights = (context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias)
     return _recurrent_context(z, c0, *weights, eps, clamp, *kinds, save, *way)[:2]
 
 
-def _seam(tolerance: float | None, z: Tensor) -> tuple[float]:
+def _seam(tolerance: float | None) -> tuple[float]:
     if tolerance is None:
-        return (in_chunks.TOLERANCE[z.dtype],)
+        return (in_chunks.OF_DTYPE,)
     if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise ValueError(f"tolerance: got {tolerance!r}, wanted a number of at least 0 or None")
     return (float(tolerance),)
@@ -137,15 +147,17 @@ class Cell(NamedTuple):
     rows: int  # that go through time side by side
 
 
-def _cell(z: Tensor, hidden_weight: Tensor | None, gate_weight: Tensor | None, norm: str | None, chunks: int) -> Cell:
+def _cell(
+    z: Tensor, hidden_weight: Tensor | None, gate_weight: Tensor | None, norm: str | None, plan: in_chunks.Plan
+) -> Cell:
     H = 0 if gate_weight is None else gate_weight.shape[1]
     layers = (gate_weight is not None) + (0 if hidden_weight is None else hidden_weight.shape[0])
-    return Cell(H, layers, norm, z.shape[0] * (chunks if in_chunks.Plan(chunks, 0.0, 1).applies(z.shape[1]) else 1))
+    return Cell(H, layers, norm, z.shape[0] * (plan.chunks if plan.applies(z.shape[1]) else 1))
 
 
-def _select(z, c0, hidden_weight, gate_weight, norm, chunks):
+def _select(z, c0, hidden_weight, gate_weight, norm, way):
     # Who is fastest depends on the rows on a GPU alone; elsewhere a new batch size would only be looked up anew.
-    cell = _cell(z, hidden_weight, gate_weight, reference.NORMS[norm], chunks)
+    cell = _cell(z, hidden_weight, gate_weight, reference.NORMS[norm], in_chunks.Plan(*way))
     cell = cell if z.is_cuda else cell._replace(rows=1)
     return backends.select("recurrent_context", z, c0.shape[1], cell)
 
@@ -162,17 +174,18 @@ def _described(
     z, context_weight=None, c0=None, hidden_weight=None, hidden_bias=None, gate_weight=None, *args, **kwargs
 ):
     D = z.shape[-1] if context_weight is None else context_weight.shape[1]
-    return z, D, _cell(z, hidden_weight, gate_weight, kwargs.get("norm", "state"), kwargs.get("chunks", 1))
+    plan = in_chunks.Plan(kwargs.get("chunks", 1), 0.0, 1, kwargs.get("warm_up", 0))
+    return z, D, _cell(z, hidden_weight, gate_weight, kwargs.get("norm", "state"), plan)
 
 
 def _kernel(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
-            activation, norm, save, chunks, tolerance, passes):  # fmt: skip
-    chosen = _select(z, c0, hidden_weight, gate_weight, norm, chunks)
+            activation, norm, save, chunks, tolerance, passes, warm_up):  # fmt: skip
+    plan = in_chunks.Plan(chunks, tolerance, passes, warm_up)
+    chosen = _select(z, c0, hidden_weight, gate_weight, norm, plan)
     kernel = chosen.forward
     weights = (
         context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp, activation, norm
     )  # fmt: skip
-    plan = in_chunks.Plan(chunks, tolerance, passes)
     if save and chosen.backend == "cuda":  # a compiled call was traced where another backend was chosen
         raise backends.BackendError(
             "recurrent_context: was compiled for a backend that keeps pre-activations, and 'cuda' keeps none; compile it anew"
@@ -189,15 +202,16 @@ def _width_of_pre(c0, hidden_weight, gate_weight):
 
 
 def _fake(z, c0, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, weight, bias, eps, clamp,
-          activation, norm, save, chunks, tolerance, passes):  # fmt: skip
+          activation, norm, save, chunks, tolerance, passes, warm_up):  # fmt: skip
     B, T, _ = z.shape
     pre = z.new_empty((B, T, _width_of_pre(c0, hidden_weight, gate_weight)) if save else (0,))
     return z.new_empty((B, T, c0.shape[1])), c0.new_empty(c0.shape), pre
 
 
 def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
-                     gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
-    kernel = _select(z, c0, hidden_weight, gate_weight, norm, chunks).backward
+                     gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes, warm_up):  # fmt: skip
+    plan = in_chunks.Plan(chunks, tolerance, passes, warm_up)
+    kernel = _select(z, c0, hidden_weight, gate_weight, norm, plan).backward
     acc_weight, acc_bias = (None if x is None else x.to(c0.dtype) for x in (weight, bias))
     context_read = products.contexts_read(c, c0, acc_weight, acc_bias, eps, clamp, norm)
     if not saved:
@@ -205,7 +219,6 @@ def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_
             z, context_read, context_weight, hidden_weight, hidden_bias, gate_weight, gate_bias, activation
         )
     weights = (context_weight, hidden_weight, gate_weight, weight, bias, eps, clamp, activation, norm)
-    plan = in_chunks.Plan(chunks, tolerance, passes)
     if plan.applies(z.shape[1]) and len(z):
         hidden_width = pre.shape[2] - 3 * c0.shape[1]
         solved = in_chunks.backward(kernel, grad_c, grad_c_last, pre, c, c0, weights, hidden_width, plan)
@@ -221,7 +234,7 @@ def _kernel_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_
 
 
 def _fake_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_weight, hidden_bias, gate_weight,
-                   gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes):  # fmt: skip
+                   gate_bias, weight, bias, eps, clamp, activation, norm, saved, chunks, tolerance, passes, warm_up):  # fmt: skip
     D = c0.shape[1]
 
     def like(x):
@@ -233,7 +246,7 @@ def _fake_backward(grad_c, grad_c_last, z, c, pre, c0, context_weight, hidden_we
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, c0, *weights = inputs[:9]
-    ctx.options = inputs[9:]  # eps, clamp, activation, norm, save, chunks, tolerance, passes
+    ctx.options = inputs[9:]  # eps, clamp, activation, norm, save, chunks, tolerance, passes, warm_up
     c, _, pre = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre)
@@ -244,12 +257,12 @@ def _backward(
     ctx: Any, grad_c: Tensor | None, grad_c_last: Tensor | None, grad_pre: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_c is None and grad_c_last is None:
-        return (None,) * 17
+        return (None,) * 18
     tensors = ctx.saved_tensors
     grads = _recurrent_context_backward(grad_c, grad_c_last, *tensors, *ctx.options)
     parameters = tensors[4:]
     of_parameters = (None if p is None else g.to(p.dtype) for g, p in zip(grads[2:], parameters, strict=True))
-    return grads[0], grads[1], *of_parameters, *((None,) * 8)
+    return grads[0], grads[1], *of_parameters, *((None,) * 9)
 
 
 _WEIGHTS = (
@@ -258,12 +271,12 @@ _WEIGHTS = (
 )
 _recurrent_context_backward = define(
     f"recurrent_context_backward(Tensor? grad_c, Tensor? grad_c_last, Tensor z, Tensor c, Tensor pre, Tensor c0, {_WEIGHTS}"
-    ", bool saved, int chunks, float tolerance, int passes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ", bool saved, int chunks, float tolerance, int passes, int warm_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel_backward,
     _fake_backward,
 )
 _recurrent_context = define(
-    f"recurrent_context(Tensor z, Tensor c0, {_WEIGHTS}, bool save, int chunks, float tolerance, int passes) -> (Tensor, Tensor, Tensor)",
+    f"recurrent_context(Tensor z, Tensor c0, {_WEIGHTS}, bool save, int chunks, float tolerance, int passes, int warm_up) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
     setup_context=_setup_context,

@@ -38,6 +38,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def _operand(matrix: Tensor | None) -> Tensor | None:
+    """What products of the forward read: float16 for bfloat16, as the persistent kernel does it (csrc/cuda/recurrent_context.cuh)."""
+    return matrix.to(torch.float16) if matrix is not None and matrix.dtype == torch.bfloat16 else matrix
+
+
 class _Steps:
     """Matrices, scratch and state of one direction, in buffers that stay where they are, so that a graph can replay steps."""
 
@@ -77,8 +82,11 @@ class _Forward(_Steps):
     def __init__(
         self, z: Tensor, D: int, weights: tuple[Tensor | None, ...], kinds: tuple[Any, ...], save: bool
     ) -> None:
-        super().__init__(z, z.shape[0], D, weights, kinds)
+        W_c, W_k, b_k, W_g, *rest = weights
+        W_c, W_k, W_g = (_operand(W) for W in (W_c, W_k, W_g))
+        super().__init__(z, z.shape[0], D, (W_c, W_k, b_k, W_g, *rest), kinds)
         W_c, W_k, _, W_g, *_ = self.weights
+        self.own = {"dtype": W_c.dtype, "device": z.device}
         self.save, self.Z = save, W_c.shape[0]
         self.further = 0 if W_k is None else W_k.shape[0]
         self.state = torch.empty((self.rows, D), **self.acc)

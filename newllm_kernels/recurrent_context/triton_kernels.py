@@ -70,6 +70,17 @@ def _store(p, offsets, x, mask):
     tl.store(p + offsets, x.to(p.dtype.element_ty), mask=mask)
 
 
+MOST_OPERAND = tl.constexpr(65504.0)  # of float16
+
+
+@triton.jit
+def _store_operand(p, offsets, x, mask):
+    """What the next product reads: of what is finite, something finite."""
+    if p.dtype.element_ty == tl.float16:
+        x = tl.where(tl.abs(x) < float("inf"), clamped(x, MOST_OPERAND), x)
+    _store(p, offsets, x, mask)
+
+
 @kernel()
 def hidden_forward(
     p_z, p_product, p_add, p_h, p_pre, Z, s_z, s_pre, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr,
@@ -86,7 +97,7 @@ def hidden_forward(
         a += _load(p_add, o_z, mask)
     if SAVE:
         _store(p_pre, row * s_pre + o_z, a, mask)
-    _store(p_h, row * Z + o_z, _activated(a, ACT, EXACT), mask)
+    _store_operand(p_h, row * Z + o_z, _activated(a, ACT, EXACT), mask)
 
 
 @kernel()
@@ -166,7 +177,7 @@ def update_forward(
     if MARK:  # what the clamp cut keeps its magnitude, all else has a smaller
         c = tl.where(tl.abs(c) < clamp, clamped(c, below), c)
     _store(p_c, row * s_c + o_d, c, mask)
-    _store(p_read, own, normed if NORM == NORM_OUTPUT else c, mask)
+    _store_operand(p_read, own, u if NORM == NORM_NONE else normed, mask)
 
 
 @triton.jit

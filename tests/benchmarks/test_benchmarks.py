@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are fi
 
 import context_passes
 import expressivity
+import expressivity_results
 import generation_speed
 import harness
 import operations
@@ -100,11 +101,11 @@ def test_report_refuses_another_file_in_one_line(tmp_path, capsys):
 def test_the_full_cell_on_a_tiny_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recurrent, "DEVICE", "cpu")
     monkeypatch.setattr(recurrent, "SECONDS", 0.0)
-    monkeypatch.setitem(recurrent.SHAPES, "cpu", {(2, 40, 16): {torch.float32: [(4, 1e-3)]}})
+    monkeypatch.setitem(recurrent.SHAPES, "cpu", {(2, 40, 16): {torch.float32: [(4, 0, 1e-3)]}})
     path = tmp_path / "recurrent.json"
     assert recurrent.main(["--results", str(path)]) == 0
     rows = json.loads(path.read_text())["recurrent"]
-    assert {row["name"] for row in rows} == {"Python loop", "in order", "4 chunks to 0.001", "auto"}
+    assert {row["name"] for row in rows} == {"Python loop", "in order", "4 chunks after 0 to 0.001", "auto"}
     assert all(row["forward_us"] > 0 and row["backward_us"] > 0 for row in rows)
     chunks = next(row for row in rows if row["name"].startswith("4"))
     assert chunks["difference"] < 1e-2
@@ -247,6 +248,29 @@ def test_the_full_cell_learns_parity_and_others_are_reported(tmp_path, monkeypat
     printed = capsys.readouterr().out
     assert "| full | 1 layers of D=32" in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    before = path.read_text()
+    monkeypatch.setattr(expressivity, "train", None)
+    assert expressivity.main(options) == 0  # nothing is left to do
+    assert path.read_text() == before
+    monkeypatch.setattr(expressivity, "ASKED_WORDS", 16)
+    assert expressivity.main(options) == 2
+    assert "has words 32, this would have 16" in capsys.readouterr().err
+
+
+def test_runs_of_word_problems_are_added_to_a_file_once(tmp_path):
+    path, header = (
+        tmp_path / "x.json",
+        {"device": "one", "precision": "float32", "trained": 8, "words": 32, "date": "d"},
+    )
+    runs = [{"problem": "a5", "model": "full", "shape": "s", "lr": 0.01, "seed": seed, "steps": 2, "batch": 3} for seed in range(3)]  # fmt: skip
+    expressivity_results.add(path, header, "first", runs[:2])
+    expressivity_results.add(path, header, "second", runs[1:])
+    content = json.loads(path.read_text())
+    assert (content["command"], content["expressivity"]) == (["first", "second"], runs)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json: is not a results file"):
+        expressivity_results.load(path, header)
 
 
 @pytest.mark.parametrize(

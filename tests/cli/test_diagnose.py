@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -47,6 +48,12 @@ def test_forgetting_is_the_exponent_and_the_horizon(forget):
     trace, horizon = diagnosis.memory(made, from_x, start, contexts)
     assert math.log(trace[10] / trace[5]) / 5 == pytest.approx(rate, abs=0.3)  # relative to contexts that vary
     assert horizon["0.001"] == pytest.approx(math.log(0.001) / rate, abs=max(3, -2 / rate))
+    left = diagnosis.forgetting(made, from_x, start, contexts)
+    assert [row["steps"] for row in left] == [16, 32, 64]
+    for row, next_row in itertools.pairwise(left):
+        if row["median"] > 1e-6:
+            assert math.log(next_row["median"] / row["median"]) / row["steps"] == pytest.approx(rate, abs=0.1)
+        assert row["median"] <= row["worst"]
     gates = diagnosis.gate_statistics(made, from_x, start, contexts)
     assert gates["forget"]["mean"] == pytest.approx(torch.tensor(forget).sigmoid().item())
 
@@ -91,7 +98,15 @@ def test_the_command(newllm, text, runs_root, options):
     assert newllm("train", "--data", text, *TINY, *options, "--steps", 4, "--run", "cell").code == 0
     code, out, err = newllm("diagnose", "cell", "--tokens", 300)
     assert (code, err) == (0, "")
-    for words in ("Lyapunov exponent", "memory horizon", "effective rank", "forget", "passes to 0.001", "diagnose.png"):
+    for words in (
+        "Lyapunov exponent",
+        "memory horizon",
+        "left of a wrong start",
+        "effective rank",
+        "forget",
+        "passes to 0.001",
+        "diagnose.png",
+    ):
         assert words in out
     assert (runs_root / "cell" / "diagnose.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(newllm("diagnose", "cell", "--tokens", 300, "--json").out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_tools import TINY
 
-from newllm import checkpoint
+from newllm import checkpoint, fixpoint
 
 CELL = [
     "--embed-dim",
@@ -70,10 +70,58 @@ def test_training_starts_from_its_weights_and_resumes(newllm, text, runs_root, f
     assert all(json.loads((run / "config.json").read_text())["init"] == str(runs_root / "fixed") for run in runs)
 
 
-def test_it_is_not_resumed(newllm, fixed):
-    code, out, err = newllm("train", "--resume", "fixed")
+def test_it_resumes_to_the_last_bit(newllm, text, runs_root, monkeypatch):
+    monkeypatch.setattr(fixpoint, "SAVED_EVERY", 5)
+    options = ["--data", text, *CELL, *SHORT, "--dropout", 0.1]
+    assert newllm("fixpoint", *options, "--run", "whole").code == 0
+    stopped = newllm("fixpoint", *options, "--run", "parts", "--stop-after", 7)
+    assert stopped.code == 0
+    assert "stopped at step 7 of 12" in stopped.out
+    assert newllm("eval", "parts").code == 0
+    with monkeypatch.context() as patch:  # as a kill does at any moment: all since the last checkpoint is lost
+        patch.setattr(fixpoint.FixpointTrainer, "_gradient_step", killed_after(4))
+        with pytest.raises(Killed):
+            newllm("fixpoint", "--resume", "parts", "--threads", 1, "--device", "cpu")
+    assert checkpoint.load(runs_root / "parts" / "last.safetensors")[1]["fixpoint_step"] == 10
+    assert newllm("fixpoint", "--resume", "parts", "--threads", 1, "--device", "cpu").code == 0
+    whole, parts = (runs_root / name for name in ("whole", "parts"))
+    for name in ("best.safetensors", "last.safetensors"):
+        expected, got = (checkpoint.load(run / name)[0] for run in (whole, parts))
+        assert all(torch.equal(tensor, got[key]) for key, tensor in expected.items())
+    assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+    expected, got = (json.loads((run / "fixpoint.json").read_text()) for run in (whole, parts))
+    assert [expected[key] for key in ("steps", "before", "after")] == [got[key] for key in ("steps", "before", "after")]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def killed_after(steps):
+    train_step, count = fixpoint.FixpointTrainer._gradient_step, iter(range(steps))
+
+    def step(self):
+        if next(count, None) is None:
+            raise Killed
+        train_step(self)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "--resume", "fixed"], "go on with newllm fixpoint --resume, or start from it with --init"),
+        (["fixpoint", "--resume", "fixed", "--lr", 1], "does not take --lr"),
+        (["fixpoint", "--resume", "fixed", "--steps", 3], "has already trained 12 steps"),
+        (["fixpoint", "--resume", "nowhere"], "no run 'nowhere'"),
+        (["fixpoint", "--resume", "fixed", "--stop-after", 0], "--stop-after: got 0"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_line(newllm, fixed, command, words):
+    code, out, err = newllm(*command)
     assert (code, out) == (2, "")
-    assert "a run of newllm fixpoint, which trains in one go; start from it with --init" in err
+    assert words in err
     assert err.count("\n") == 1
 
 

@@ -242,51 +242,95 @@ def test_solvers_agree(solver):
     assert [x.chunks for x in seams] == [chunks] * LAYERS
 
 
+def filled_by(rows):
+    """A device that computes so many rows in the time of one; a pass costs as much as 25 steps."""
+    return lambda *_: (lambda count: -(-count // rows), 25)
+
+
 def test_auto_goes_by_what_it_has_seen(monkeypatch):
-    """On a device that computes 128 rows in the time of one."""
     from newllm_kernels.recurrent_context import solver as module
 
-    def filled_by(rows):
-        return lambda *_: (lambda count: -(-count // rows), 25)
-
     monkeypatch.setattr(module, "cost_of_steps", filled_by(128))
-    auto = module.Solver("auto")
-    z = torch.randn(4, 1024, 3)
+    auto, T = module.Solver("auto"), 4096
+    z = torch.randn(4, T, 3)
 
-    def call(passes, in_order=False):
+    def call(memory):
+        """Of a cell that remembers for so many steps; (chunks, warm-up)."""
         with auto.way(z, 8, 16) as way:
-            if way["chunks"] > 1:
-                module.seams.report_known("forward", 1024 // way["chunks"], way["chunks"], passes, 0.0, in_order)
-        return way["chunks"]
+            K, W, most = way["chunks"], way["warm_up"], way["passes"]
+            if K > 1:
+                W, steps = module.Plan(K, 0.0, 1, W).steps(T)
+                needed = 1 + max(0, -(-(memory - W) // steps))
+                module.seams.report_known("forward", steps, K, min(most, needed), 0.0, needed > most)
+        return K, way["warm_up"]
 
-    assert call(3) == 32  # 5 passes of 32 steps, the least of all before any have been seen
-    assert call(3) == 32  # now known to take three
-    while (chunks := call(8, in_order=True)) > 1:  # a cell that never forgets: every number of chunks fails once
-        assert 4 * chunks <= 256
-    assert [call(8) for _ in range(3)] == [1, 1, 1]
+    assert call(300) == (32, module.GUESSED_MEMORY)  # 128 rows at once
+    ways = [call(300) for _ in range(8)]
+    assert ways[-1] == ways[-2]  # nothing more to find out
+    assert ways[-1][0] == 32
+    assert 300 <= ways[-1][1] <= 400
+    ways = [call(10**6) for _ in range(8)]  # a cell that never forgets costs few calls
+    assert ways[4:] == [(1, 0)] * 4
     for _ in range(module.FORGET_AFTER):  # training goes on, and chunks get another chance
-        if call(2) > 1:
+        if call(100)[0] > 1:
             break
     else:
         pytest.fail("never tried again")
     monkeypatch.setattr(module, "cost_of_steps", filled_by(4))  # the batch alone fills the device
     auto = module.Solver("auto")
-    assert call(2) == 1
+    assert call(100) == (1, 0)
     full = filled_by(128)()
-    assert module.Solver("chunked")._choose(4, 1024, *full) == 32
-    assert module.Solver("chunked", chunks=5)._choose(4, 1024, *full) == 5
+    assert module.Solver("chunked")._choose(4, 1024, *full)[:2] == (32, module.GUESSED_MEMORY)
+    assert module.Solver("chunked", chunks=5, warm_up=7)._choose(4, 1024, *full) == (5, 7, 8)
 
 
-def test_what_gave_up_is_not_tried_in_shorter_chunks():
+def test_auto_hears_of_the_adjoint(monkeypatch):
+    """Which runs when the call is over, and whose memory may be longer than that of the forward."""
+    from newllm_kernels.recurrent_context import solver as module
+
+    rnn = nk.ContextRNN(E, H, D, batch_first=True, solver="auto")
+    auto, x = rnn.layers[0].solver, torch.randn(1, 364, E)
+    monkeypatch.setattr(auto, "_decide", lambda *_: (6, 64, 8))
+    module.adjoints.clear()
+    with nk.record_seams() as seams:
+        rnn(x)[0].square().sum().backward()
+    assert list(module.adjoints.values()) == [(seams[1].passes, seams[1].in_order)]
+    for key in module.adjoints:
+        module.adjoints[key] = (9, False)
+    rnn(x)
+    assert (auto.memory.too_few, auto.memory.enough) == (64 + 7 * 50, 64 + 8 * 50)
+    assert not module.adjoints
+
+
+def test_memory_between_bounds():
+    from newllm_kernels.recurrent_context.solver import GUESSED_MEMORY, Memory
+
+    memory = Memory()
+    assert memory.guess() == GUESSED_MEMORY
+    memory.learn(256, 64, passes=3, met=True)
+    assert (memory.too_few, memory.enough) == (320, 384)
+    memory.learn(64, 16, passes=1, met=True)  # it has become shorter
+    assert (memory.too_few, memory.enough, memory.guess()) == (0, 64, 32)
+    memory.learn(64, 64, passes=8, met=False)  # and longer than all that was tried
+    assert (memory.too_few, memory.guess()) == (512, 1024)
+    memory.learn(0, 128, passes=9, met=True)
+    assert (memory.too_few, memory.enough, memory.guess()) == (896, 1024, 1024)
+
+
+def test_windows_of_several_rows_are_not_copied_without_end():
     from newllm_kernels.recurrent_context import solver as module
 
     auto = module.Solver("auto")
-    auto.seen[32, 32] = float("inf")
-    assert auto._passes(16, 64) == float("inf")
-    assert auto._passes(64, 16) == float("inf")  # nor in slightly longer ones: every trial costs a call's time
-    assert auto._passes(128, 8) == module.GUESSED_PASSES
-    auto.seen[128, 8] = 3
-    assert auto._passes(256, 4) == 3
+    auto.memory.learn(2000, 100, passes=1, met=True)
+    auto.memory.learn(1000, 950, passes=2, met=True)
+    time, overhead = filled_by(1024)()
+    found = {}
+    for B in (1, 2):
+        K, W, _ = auto._choose(B, 16384, time, overhead)
+        W, steps = module.Plan(K, 0.0, 1, W).steps(16384)
+        found[B] = K, W / steps
+    assert found[2][1] <= module.MOST_COPIES < found[1][1]
+    assert found[2][0] < found[1][0]
 
 
 def test_unknown_solver():

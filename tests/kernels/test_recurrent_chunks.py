@@ -48,6 +48,30 @@ def test_chunks_equal_the_order_of_time(T, chunks, norm, dtype):
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["state", "output", None])
+@pytest.mark.parametrize(
+    ("B", "T", "chunks", "warm_up"), [(3, 70, 4, 6), (1, 66, 5, 20), (2, 64, 2, 30), (1, 41, 3, 1)]
+)
+def test_a_warm_up_finds_the_first_starts(B, T, chunks, warm_up, norm, dtype):
+    """Shorter and longer than a chunk; what a chunk is warmed up with may be shared with others."""
+    problem = make("recurrent_context", B, T, 21, dtype, norm=norm, clamp=None, layers=2)
+    tolerance = 2e-4 if dtype == torch.bfloat16 else None
+    found, seams = both_ways(problem, chunks=chunks, passes=16, tolerance=tolerance, warm_up=warm_up)
+    for name, error in found.items():
+        assert error <= CLOSE[dtype] * (2 if name.startswith("grad") and dtype.itemsize == 2 else 1), (name, error)
+    assert [(x.chunks, x.steps) for x in seams] == [(chunks, (T - warm_up) // chunks)] * 2
+
+
+def test_a_warm_up_longer_than_the_memory_takes_one_pass():
+    problem = forgetting(make("recurrent_context", 2, 256, 33, norm=None), -4.0)
+    for warm_up, passes in ((0, 2), (40, 1)):
+        found, seams = both_ways(problem, chunks=8, warm_up=warm_up)
+        assert [(x.passes, x.in_order) for x in seams] == [(passes, False)] * 2
+        assert all(x.mismatch <= 1e-6 for x in seams)
+        assert all(error <= 1e-5 for error in found.values()), found
+
+
 def forgetting(problem, bias):
     """The same cell with forget gates around `bias`."""
     gates = problem.tensors["gate_bias"].clone()
@@ -128,6 +152,7 @@ def test_the_same_bits_twice():
         ({"passes": 0}, "passes: got 0"),
         ({"tolerance": -1.0}, "tolerance: got -1.0, wanted a number of at least 0 or None"),
         ({"tolerance": "fine"}, "tolerance: got 'fine'"),
+        ({"warm_up": -1}, "warm_up: got -1, wanted an integer of at least 0"),
     ],
 )
 def test_bad_arguments(way, words):
