@@ -84,6 +84,7 @@ class TrainingConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not fits(value):
                 raise self._error(name, wanted)
+            object.__setattr__(self, name, float(value))  # 0 in a recipe is an integer, which AdamW does not take
         for name, choices in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
                 raise self._error(name, f"{', '.join(choices[:-1])} or {choices[-1]}")

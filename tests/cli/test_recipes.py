@@ -52,6 +52,20 @@ def test_every_recipe_that_comes_with_newllm_is_a_model_of_its_size(name):
     assert abs(count_parameters(transformer_like(model)) / count_parameters(model) - 1) <= 0.02
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_takes_a_step(newllm, tmp_path, name):
+    """Of a small model, with all that the recipe says of training."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("the cat sat on the mat and the dog on the log\n" * 300)
+    code, out, err = newllm(
+        "train", "--config", name, "--data", tmp_path, "--run", "r", "--steps", 2, "--batch-size", 2, "--segment", 8, "--no-compile",
+        "--layers", 1, "--embed-dim", 24, "--context-dim", 16, "--ffn-dim", 16, "--hidden-dim", 16, "--vocab-size", 300, "--device", "cpu",
+        "--eval-tokens", 50, "--spelling", 20 if name.startswith("wikitext") else 0,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "test perplexity" in out
+
+
 def test_the_command_line_comes_before_the_recipe_and_the_recipe_before_the_preset(recipe):
     args = parsed("train", "--config", recipe, "--lr", 0.5, "--tie-embeddings")
     model, training = model_settings(args), training_settings(args)
