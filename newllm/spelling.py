@@ -22,14 +22,14 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from newllm.tokenizer import EOS, UNKNOWN, Tokenizer
+from newllm.tokenizer import Tokenizer
 
 LONGEST = 5  # characters of a feature
 
 
 def features_of(token: str) -> set[str]:
-    """All features of a token's spelling. `<eos>` and `<unk>` are no words and have none."""
-    if token in (EOS, UNKNOWN):
+    """All features of a token's spelling, none of the empty one."""
+    if not token:
         return set()
     word = f"<{token.lower()}>"
     runs = {word[i : i + n] for n in range(1, LONGEST + 1) for i in range(len(word) - n + 1)} - {"<", ">"}
@@ -44,7 +44,7 @@ def _shape(token: str) -> str:
 
 def spelling_matrix(tokenizer: Tokenizer, count: int) -> Tensor:
     """S (V, K), float32, dense: K = count, or as many features as two tokens share where these are fewer."""
-    tokens = [features_of(tokenizer.inner.id_to_token(index)) for index in range(tokenizer.vocab_size)]
+    tokens = [features_of(tokenizer.spelling(index)) for index in range(tokenizer.vocab_size)]
     found = Counter(feature for features in tokens for feature in features)
     shared = sorted((feature for feature, n in found.items() if n > 1), key=lambda feature: (-found[feature], feature))
     column = {feature: index for index, feature in enumerate(shared[:count])}

@@ -55,6 +55,14 @@ class Tokenizer:
         except KeyError:
             raise UserError(f"a BPE tokenizer that is not byte-level (token {token!r})") from None
 
+    def spelling(self, index: int) -> str:
+        """A token as it is written, a BPE token's space before it included; "" of `<eos>`, and of a word-level `<unk>`."""
+        if index == self.eos_id or (self.kind == "word" and self.inner.id_to_token(index) == UNKNOWN):
+            return ""
+        if self.kind == "word":
+            return self.inner.id_to_token(index)
+        return self._bytes[index].decode(errors="backslashreplace")
+
     def encode(self, text: str) -> list[int]:
         """The text's tokens as they stand, nothing added."""
         return self.inner.encode(text, add_special_tokens=False).ids

@@ -41,7 +41,7 @@ def test_features_are_runs_of_letters_the_word_and_its_shape():
         *("a", "b", "c", "<a", "ab", "bc", "c>", "<ab", "abc", "bc>", "<abc", "abc>", "<abc>", "shape Aa")
     }
     assert "shape Aa-0" in features_of("Boeing-747")
-    assert features_of("<unk>") == features_of("<eos>") == set()
+    assert features_of("") == set()
 
 
 def test_the_matrix_has_what_most_words_share():
@@ -58,6 +58,18 @@ def test_the_matrix_has_what_most_words_share():
     alike = every @ every.t()
     assert alike[row["The"], row["the"]] > alike[row["The"], row["than"]] > alike[row["The"], row["1987"]]
     assert torch.equal(every, spelling_matrix(tokenizer, 10**6))
+
+
+def test_pieces_of_words_are_spelled_as_they_are_written():
+    tokenizer = train_tokenizer("bpe", ["The the The the caf\u00e9 caf\u00e9 "] * 9, 300)
+    spelled = {tokenizer.spelling(index) for index in range(tokenizer.vocab_size)}
+    assert {" the", " The", "", "e", "\\xc3"} <= spelled  # a byte that is no character by itself
+    row = {tokenizer.spelling(index): index for index in range(tokenizer.vocab_size)}
+    alike = spelling_matrix(tokenizer, 10**6)
+    alike = alike @ alike.t()
+    assert alike[row[" The"], row[" the"]] > alike[row[" The"], row["e"]]
+    assert "shape  Aa" in features_of(" The")
+    assert "shape  a" in features_of(" the")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
