@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from tqdm import tqdm
+
+from newllm.cli.parser import MODEL_OPTIONS
 from newllm.cli.settings import model_settings
 from newllm.config import ModelConfig, count_parameters
 from newllm.errors import UserError, one_line
@@ -61,8 +64,6 @@ def variant(base: ModelConfig, changes: dict[str, object]) -> ModelConfig:
 
 def options(model: ModelConfig, base: ModelConfig) -> list[str]:
     """What of `newllm train` makes this model of the recipe's."""
-    from newllm.cli.parser import MODEL_OPTIONS
-
     flags = {field: flag for flag, field, _, _ in MODEL_OPTIONS}
     given: list[str] = []
     for field, value in model.to_dict().items():
@@ -111,6 +112,7 @@ class Runs:
                 return
             command = self.command(name, given)
             if command is None:
+                self.bar.update()
                 continue
             began = time.monotonic()
             environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -122,11 +124,13 @@ class Runs:
             if code != 0:
                 self.failed.append(name)
             state = "finished" if finished else "stopped in time" if code == 0 else f"failed ({code}), see {name}.log"
-            print(f"{name:<14} {state} after {time.monotonic() - began:.0f} s", flush=True)
+            tqdm.write(f"{name:<14} {state} after {time.monotonic() - began:.0f} s")
+            self.bar.update()
 
     def run(self, todo: list[tuple[str, list[str]]]) -> None:
         for one in todo:
             self.waiting.put(one)
+        self.bar = tqdm(total=len(todo), unit="run", disable=None)  # silent where nobody looks
         gpus = self.args.gpus or [None]
         threads = [threading.Thread(target=self.work, args=(gpu,)) for _ in range(self.args.beside) for gpu in gpus]
         for thread in threads:
@@ -144,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.names) - VARIANTS.keys())
     if unknown:
         raise UserError(f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    for name in ("beside", "steps", "vocab_size", "max_minutes"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, wanted a number above 0")
     recipe = read_recipe(args.config)
     base = dataclasses.replace(model_settings(argparse.Namespace(**recipe)), vocab_size=args.vocab_size)
     further = shlex.split(args.options)
@@ -201,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         return run(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"ablations: error: {one_line(error)}", file=sys.stderr)
         return 2
 

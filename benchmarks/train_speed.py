@@ -73,7 +73,9 @@ def make_trainer(model: ModelConfig, config: TrainingConfig, steps: int) -> Trai
     tokens = config.batch_size * (steps * config.segment * config.grad_accum + 1)
     draw = np.random.default_rng(0)
     train, valid = (draw.integers(model.vocab_size, size=size, dtype=np.uint32) for size in (tokens, 2))
-    return Trainer(Run(Path("unused")), model, config, train, valid)
+    # Random tokens have no spelling, but a product with any matrix takes as long.
+    spelling = torch.eye(model.vocab_size, config.spelling) if config.spelling else None
+    return Trainer(Run(Path("unused")), model, config, train, valid, spelling)
 
 
 def seconds_of_steps(trainer: Trainer, steps: int) -> list[float]:

@@ -65,7 +65,10 @@ def catching_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """Trains the model of one run folder. `train` is the loop; `save` and `load` are its whole state."""
+    """Trains the model of one run folder. `train` is the loop; `save` and `load` are its whole state.
+
+    train, valid: tokens (n,). spelling: S (V, K) of newllm/spelling.py, K at most config.spelling; None where that is 0.
+    """
 
     def __init__(
         self,
@@ -76,6 +79,11 @@ class Trainer:
         valid: np.ndarray,
         spelling: Tensor | None = None,
     ) -> None:
+        if (spelling is None) != (config.spelling == 0):
+            got = None if spelling is None else tuple(spelling.shape)
+            raise ValueError(
+                f"spelling: got {got} with config.spelling {config.spelling}, wanted S (V, K) where that is not 0"
+            )
         self.run, self.config, self.valid = run, config, valid
         self.device = choose_device(config.device)
         if config.threads:

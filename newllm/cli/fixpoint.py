@@ -90,7 +90,10 @@ def _resume(args: argparse.Namespace) -> tuple[Run, FixpointTrainer, np.ndarray,
     stored = folder.config()
     if "fixpoint" not in stored:
         raise UserError(f"{folder.path}: not a run of newllm fixpoint; go on with newllm train --resume {folder.path}")
-    config = FixpointConfig(**stored["fixpoint"])
+    try:
+        config = FixpointConfig(**stored["fixpoint"])
+    except TypeError as error:
+        raise UserError(f"{folder.config_file}: 'fixpoint' does not hold what newllm fixpoint wrote") from error
     config = dataclasses.replace(config, steps=getattr(args, "steps", config.steps))
     device, model_config = device_settings(args), folder.model_config()
     data = run_data(folder, model_config)

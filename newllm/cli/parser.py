@@ -55,7 +55,12 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--warmup", "warmup", int, "steps of linear warm-up"),
     ("--schedule", "schedule", ("cosine", "linear", "constant"), "of the learning rate after the warm-up"),
     ("--weight-decay", "weight_decay", float, "on matrices only"),
-    ("--spelling", "spelling", int, "features of spelling that tokens share in their embeddings"),
+    (
+        "--spelling",
+        "spelling",
+        int,
+        "features of spelling, at most, that tokens share in their embeddings (two products of V x N x E a step)",
+    ),
     ("--noise", "noise", float, "share of words replaced by others, weighted as Kneser-Ney smoothing does"),
     ("--beta1", "beta1", float, "AdamW's, or the momentum of sgd"),
     ("--beta2", "beta2", float, "AdamW's"),

@@ -74,3 +74,5 @@ def test_what_is_finished_is_left_alone_and_what_was_stopped_goes_on(tmp_path):
 def test_what_there_is_not_is_said_in_one_line(capsys):
     assert ablations.main(["width-3"]) == 2
     assert "no variant width-3; there are base, width-256" in capsys.readouterr().err
+    assert ablations.main(["base", "--beside", "0"]) == 2
+    assert capsys.readouterr().err == "ablations: error: --beside: got 0, wanted a number above 0\n"

@@ -116,6 +116,9 @@ def test_a_run_with_spelling_keeps_what_it_evaluated(newllm, text, options):
     )
     best = min(record["valid_loss"] for record in find_run("s").metrics() if "valid_loss" in record)
     summary = json.loads((find_run("s").path / "summary.json").read_text())
+    shared = checkpoint.load(find_run("s").last_file)[0]["spelling.weight"]
+    assert shared.shape[0] == 50
+    assert shared.norm() > 0
     evaluated = json.loads(newllm("eval", "s", "--json").out)["splits"]["valid"]["loss"]
     assert summary["valid"]["loss"] == pytest.approx(best, rel=1e-6)
     assert evaluated == pytest.approx(best, rel=1e-6)

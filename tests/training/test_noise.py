@@ -5,6 +5,8 @@ import torch
 
 from newllm.noise import Noise
 
+from .test_trainer import trainer
+
 # 0 is always followed by 1; 1 by 0, 2, 3 and 4; 2, 3 and 4 by 0. Followers: 1, 4, 1, 1, 1 of 4, 4, 1, 1, 1.
 TEXT = np.array([0, 1, 0, 1, 2, 0, 1, 3, 0, 1, 4, 0], np.uint16)
 
@@ -27,6 +29,19 @@ def test_pairs_are_replaced_as_often_as_kneser_ney_discounts_them():
             assert np.allclose(drawn, before / before.sum(), atol=0.01)
             drawn = torch.bincount(inputs[replaced], minlength=5) / replaced.sum()
             assert np.allclose(drawn, before / before.sum(), atol=0.01)
+
+
+def test_a_trainer_reads_noise_and_a_resumed_one_the_same(tmp_path):
+    finals = {}
+    for name, noise, stops in (("none", 0.0, (12,)), ("whole", 0.5, (12,)), ("parts", 0.5, (5, 12))):
+        for stop in stops:
+            one = trainer(tmp_path / name, noise=noise)
+            if one.run.last_file.exists():
+                one.load()
+            one.train(stop - one.step)
+        finals[name] = [p.detach().clone() for p in one.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(finals["whole"], finals["parts"], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(finals["whole"], finals["none"], strict=True) if a.dim() > 1)
 
 
 def test_what_is_not_replaced_stays():

@@ -135,9 +135,15 @@ def test_a_resumed_run_goes_on_with_the_same_losses(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_a_trainer_gets_what_its_config_says(tmp_path):
+    for matrix, count in ((None, 5), (random_matrix(), 0)):
+        with pytest.raises(ValueError, match="spelling: got"):
+            trainer(tmp_path, matrix, spelling=count)
+
+
 def test_without_features_nothing_changes(tmp_path):
     """G begins as zero, and features that no token has leave it there."""
-    plain, empty = trainer(tmp_path / "plain", None), trainer(tmp_path / "empty", torch.zeros(20, 3))
+    plain, empty = trainer(tmp_path / "plain", None, spelling=0), trainer(tmp_path / "empty", torch.zeros(20, 3))
     plain.train()
     empty.train()
     wanted = dict(empty.model.named_parameters())
