@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,12 @@ from newllm.data import load_corpus, tokenise
 from newllm.errors import UserError, typed_path
 from newllm.model import LanguageModel
 from newllm.prepared import is_prepared, load_prepared
-from newllm.run import Run
+from newllm.run import Run, find_run
 from newllm.spelling import spelling_matrix
+from newllm.teacher import load_teachers
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from newllm.training import Trainer
-from newllm.training_config import TrainingConfig
+from newllm.training_config import TrainingConfig, choose_device
 
 
 @dataclass
@@ -80,10 +82,11 @@ def _tokenizer_for(name: str, documents: list[str], vocab_size: int | None) -> T
 
 
 def new_trainer(
-    run: Run, model: ModelConfig, config: TrainingConfig, data: Data, init: Run | None = None, command: str = ""
-) -> Trainer:
+    run: Run, model: ModelConfig, config: TrainingConfig, data: Data, init: Run | None = None, command: str = "",
+    teachers: Sequence[Run] = (),
+) -> Trainer:  # fmt: skip
     """Make the run folder, fill it and save a checkpoint of step 0, so that the run can be resumed from its first moment on:
-    with the weights of the run `init`, where it starts from one.
+    with the weights of the run `init`, where it starts from one. `teachers`: runs it learns from, where config.teacher_share is not 0.
 
     The model takes the tokenizer's vocabulary. A Transformer's window is the segment it is trained on where it would be
     longer: it never learns what lies further back. `command`: what was typed, for the record.
@@ -93,13 +96,25 @@ def new_trainer(
         model = dataclasses.replace(model, max_seq_len=config.segment)
     threads = config.threads or torch.get_num_threads()  # sums depend on it: a resumed run must use as many
     config = dataclasses.replace(config, threads=threads)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], _spelling(config, data))
+    trainer = _trainer(run, model, config, data, teachers)
     if init is not None:
         trainer.start_from(weights_of(init, trainer.model, data.tokenizer))
     fill_run(run, model, data)
     trainer.save()
-    write_config(run, model, config, data_record(data), command, init)
+    write_config(run, model, config, data_record(data), command, init, teachers)
     return trainer
+
+
+def _trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data, teachers: Sequence[Run]) -> Trainer:
+    if (config.teacher_share > 0) != bool(teachers):
+        raise UserError(
+            f"--teacher-share {config.teacher_share:g}: wanted {'--teacher RUN beside it' if not teachers else 'a number above 0 beside --teacher'}"
+        )
+    if teachers and model.softmaxes > 1:
+        raise UserError(f"--softmaxes {model.softmaxes}: a mixture takes no --teacher")
+    models = load_teachers(teachers, data.tokenizer, choose_device(config.device))
+    spelling = _spelling(config, data)
+    return Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], spelling, models)
 
 
 def _spelling(config: TrainingConfig, data: Data) -> Tensor | None:
@@ -156,11 +171,15 @@ def write_config(
     data: dict[str, str],
     command: str = "",
     init: Run | None = None,
+    teachers: Sequence[Run] = (),
 ) -> None:
-    """`command`: what was typed. `init`: for the reader; its weights are in the checkpoints."""
+    """`command`: what was typed. `init`: for the reader; its weights are in the checkpoints. `teachers`: a run that is resumed
+    asks them again."""
     content = {"model": model.to_dict(), "training": dataclasses.asdict(config), "data": data, "command": command}
     if init is not None:
         content["init"] = str(init.path.resolve())
+    if teachers:
+        content["teachers"] = [str(teacher.path.resolve()) for teacher in teachers]
     checkpoint.write_json(run.config_file, content)
 
 
@@ -176,7 +195,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
         stale.unlink()
     data = run_data(run, model)
-    trainer = Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], _spelling(config, data))
+    trainer = _trainer(run, model, config, data, [find_run(path) for path in stored.get("teachers", [])])
     trainer.load()
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")

@@ -16,7 +16,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -34,6 +34,8 @@ from newllm.model import LanguageModel, State, build_model
 from newllm.noise import Noise
 from newllm.run import Run
 from newllm.speed import peak_flops, training_flops_per_token
+from newllm.teacher import positions
+from newllm.teacher import read as read_teachers
 from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
 from newllm.weights import Weights
 from newllm_kernels import record_seams
@@ -68,6 +70,7 @@ class Trainer:
     """Trains the model of one run folder. `train` is the loop; `save` and `load` are its whole state.
 
     train, valid: tokens (n,). spelling: S (V, K) of newllm/spelling.py, K at most config.spelling; None where that is 0.
+    teachers: on the device of config, in float32; none where config.teacher_share is 0.
     """
 
     def __init__(
@@ -78,11 +81,16 @@ class Trainer:
         train: np.ndarray,
         valid: np.ndarray,
         spelling: Tensor | None = None,
+        teachers: Sequence[LanguageModel] = (),
     ) -> None:
         if (spelling is None) != (config.spelling == 0):
             got = None if spelling is None else tuple(spelling.shape)
             raise ValueError(
                 f"spelling: got {got} with config.spelling {config.spelling}, wanted S (V, K) where that is not 0"
+            )
+        if bool(teachers) != (config.teacher_share > 0):
+            raise ValueError(
+                f"teachers: got {len(teachers)} with config.teacher_share {config.teacher_share}, wanted some where that is not 0"
             )
         self.run, self.config, self.valid = run, config, valid
         self.device = choose_device(config.device)
@@ -101,6 +109,17 @@ class Trainer:
             train, config.batch_size, config.segment, config.seed, random=config.random_segments, device=self.device
         )
         self.noise = Noise(train, model.vocab_size, config.noise, self.device) if config.noise else None
+        self.advice = (
+            read_teachers(
+                teachers,
+                train,
+                config.teacher_words,
+                compute_dtype(config.precision, self.device),
+                "asking the teachers",
+            )
+            if teachers
+            else None
+        )
         self.graphs = Graphs(self.device, config.cuda_graph)
         self.data = f"{fingerprint(train)}/{fingerprint(valid)}"
         self.state: State | None = None
@@ -181,7 +200,10 @@ class Trainer:
         # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
         with self.uncompiled() if carries and segment.fresh else nullcontext():
             x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
-        nll = self.weights.computing.nll(x, targets)  # (B, T)
+        advice = None
+        if self.advice is not None:
+            advice = self.advice.at(positions(self.streams, self._offset, segment.length), self.config.teacher_share)
+        nll = self.weights.computing.nll(x, targets, advice)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
         self.weights.collect_gradients(first)

@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 _AT_LEAST_ONE = (
     "steps", "batch_size", "segment", "grad_accum", "eval_every", "eval_tokens", "checkpoint_every", "log_every",
-    "average_every",
+    "average_every", "teacher_words",
 )  # fmt: skip
 _AT_LEAST_ZERO = ("warmup", "seed", "threads", "average_start", "spelling")
 
@@ -40,6 +40,8 @@ class TrainingConfig:
     weight_decay: float = 0.1  # on matrices only
     spelling: int = 0  # features of spelling that tokens share in their embeddings (newllm/spelling.py)
     noise: float = 0.0  # share of words replaced by others, weighted as Kneser-Ney smoothing does
+    teacher_share: float = 0.0  # of the loss that is what teachers expect (newllm/teacher.py)
+    teacher_words: int = 256  # the likeliest that a teacher is asked for at each token
     beta1: float = 0.9  # of AdamW, and the momentum of sgd
     beta2: float = 0.99
     clip: float = 1.0  # norm that gradients are clipped to
@@ -72,6 +74,7 @@ class TrainingConfig:
             ("clip", "a number above 0", lambda x: x > 0),
             ("weight_decay", "a number of at least 0", lambda x: x >= 0),
             ("noise", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+            ("teacher_share", "a number from 0 to 1", lambda x: 0 <= x <= 1),
             ("activation_penalty", "a number of at least 0", lambda x: x >= 0),
             ("change_penalty", "a number of at least 0", lambda x: x >= 0),
             ("min_lr", "a fraction from 0 to 1", lambda x: 0 <= x <= 1),

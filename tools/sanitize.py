@@ -133,12 +133,13 @@ def run_decode_linear() -> None:
 
 
 def run_recurrent_context(backend: str, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """CUDA C++ needs matrix products around its launches only, and here a CPU makes them: initcheck does not see what cuBLAS
-    stores, and racecheck, told to look away from it, breaks down."""
+    """Here a CPU makes the matrix products, those around CUDA C++'s launches and those between Triton's: initcheck does not see what
+    cuBLAS stores, and racecheck, told to look away from it, breaks down."""
     import torch
 
     import newllm_kernels as nk
     from newllm_kernels.recurrent_context import products
+    from newllm_kernels.recurrent_context import triton as fused_steps
 
     def to(device: str, x: object) -> object:
         return tuple(to(device, y) for y in x) if isinstance(x, tuple) else x.to(device) if torch.is_tensor(x) else x
@@ -146,8 +147,11 @@ def run_recurrent_context(backend: str, shapes: Sequence[tuple[int, int, int]]) 
     def on_cpu(function: Callable[..., object]) -> Callable[..., object]:
         return lambda *arguments: to("cuda", function(*to("cpu", arguments)))
 
-    if backend == "cuda":
-        products.pre_activations, products.gradients = map(on_cpu, (products.pre_activations, products.gradients))
+    def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(a.cpu().float() @ b.cpu().float())
+
+    products.pre_activations, products.gradients = map(on_cpu, (products.pre_activations, products.gradients))
+    fused_steps._product = multiply
     for B, T, D in shapes:
         H = 2 * D
         sizes = {

@@ -62,6 +62,13 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "features of spelling, at most, that tokens share in their embeddings (two products of V x N x E a step)",
     ),
     ("--noise", "noise", float, "share of words replaced by others, weighted as Kneser-Ney smoothing does"),
+    (
+        "--teacher-share",
+        "teacher_share",
+        float,
+        "of the loss that is what teachers expect (default with --teacher: 0.5)",
+    ),
+    ("--teacher-words", "teacher_words", int, "the likeliest that teachers are asked for at each token (default: 256)"),
     ("--beta1", "beta1", float, "AdamW's, or the momentum of sgd"),
     ("--beta2", "beta2", float, "AdamW's"),
     ("--clip", "clip", float, "norm that gradients are clipped to"),
@@ -189,6 +196,8 @@ def _train_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--init", metavar="RUN", help="start from the weights of another run, with its tokenizer, and its model "
                         "where no preset or recipe is given")  # fmt: skip
+    parser.add_argument("--teacher", nargs="+", metavar="RUN", help="learn what these trained runs expect, not the text alone "
+                        "(distillation); they read it once, before the first step")  # fmt: skip
     parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after N steps of this session")
     parser.add_argument("--max-minutes", type=float, metavar="X", help="save and stop after X minutes of this session")
     _new_run_options(parser)

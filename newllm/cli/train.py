@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,9 +59,12 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
     ):
         args.tokenizer = str(init.path)  # its embedding stands for that tokenizer's tokens
     model, config = model_settings(args, base), training_settings(args)
+    teachers = [find_run(which) for which in args.teacher or ()]
+    if teachers and config.teacher_share == 0:
+        config = dataclasses.replace(config, teacher_share=0.5)
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
-    trainer = new_trainer(folder, model, config, data, init, args.typed)
+    trainer = new_trainer(folder, model, config, data, init, args.typed, teachers)
     describe(trainer, data)
     return trainer, data
 
@@ -68,7 +72,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
 def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields - set(RESUME_OPTIONS.values()) if hasattr(args, field))
-    refused += [name for name in ("config", "init") if getattr(args, name) is not None]
+    refused += [name for name in ("config", "init", "teacher") if getattr(args, name) is not None]
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")

@@ -57,12 +57,18 @@ class LanguageModel(nn.Module):
         each = self.head(self._drop_latent(latent)).to(shares.dtype).log_softmax(-1)  # (B, T, K, V)
         return (shares[..., None] + each).logsumexp(-2)
 
-    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
-        """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32."""
+    def nll(self, x: Tensor, targets: Tensor, advice: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32.
+
+        advice: further words (B, T, K) int64, each once at its place, and what they share of the target (B, T, K); not of a mixture.
+        """
         B, T, F_ = x.shape
         if self.mixture is None:
             x = self.output_dropout(x)
-            return linear_cross_entropy(x.reshape(-1, F_), self.head.weight, targets.reshape(-1)).view(B, T)
+            further = () if advice is None else tuple(part.flatten(0, 1) for part in advice)
+            return linear_cross_entropy(x.reshape(-1, F_), self.head.weight, targets.reshape(-1), *further).view(B, T)
+        if advice is not None:
+            raise ValueError("advice: a mixture of softmaxes takes none")
         shares, latent = self.mixture(x)
         repeated = targets[..., None].expand(shares.shape)  # (B, T, K)
         latent = self._drop_latent(latent).reshape(-1, F_)

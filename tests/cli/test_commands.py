@@ -301,3 +301,39 @@ def test_a_run_can_be_moved_and_named_by_its_path(newllm, trained, tmp_path):
     assert newllm("generate", "The", "--run", tmp_path / "moved", "--max-tokens", 2).code == 0
     assert newllm("eval", "moved").code == 0
     assert newllm("train", "--resume", tmp_path / "moved", "--steps", 21).code == 0
+
+
+def test_a_run_learns_from_others_and_goes_on_from_another_folder(newllm, text, trained, tmp_path, monkeypatch):
+    assert newllm("train", "--data", text, *TINY, "--run", "alone", "--seed", 1).code == 0
+    options = ["--data", text, *TINY, "--seed", 1, "--teacher-words", 20]
+    assert newllm("train", *options, "--run", "whole", "--teacher", "first", "alone").code == 0
+    config = find_run("whole").config()
+    assert config["training"]["teacher_share"] == 0.5
+    assert config["teachers"] == [str(find_run(name).path.resolve()) for name in ("first", "alone")]
+    assert newllm("train", *options, "--run", "parts", "--teacher", "first", "alone", "--stop-after", 7).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert newllm("train", "--resume", "parts").code == 0
+    tensors = [checkpoint.load(find_run(name).best_file)[0] for name in ("whole", "parts", "alone")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert not all(torch.equal(tensors[0][name], tensors[2][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--teacher", "nowhere"], "no run 'nowhere'"),
+        (["--teacher-share", 0.5], "--teacher-share 0.5: wanted --teacher RUN beside it"),
+        (["--teacher", "first", "--teacher-share", 1.5], "--teacher-share: got 1.5"),
+        (["--teacher", "first", "--softmaxes", 2], "--softmaxes 2: a mixture takes no --teacher"),
+        (["--teacher", "first", "--vocab-size", 270], "was trained with another tokenizer; give --tokenizer"),
+        (["--resume", "first", "--teacher", "first"], "it does not take --teacher"),
+    ],
+    ids=str,
+)
+def test_teachers_that_cannot_be(newllm, text, trained, options, said):
+    data = [] if "--resume" in options else ["--data", text, *TINY]
+    code, _, err = newllm("train", *data, *options)
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1

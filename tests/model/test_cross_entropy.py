@@ -52,6 +52,38 @@ def assert_close(got, want, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_words_that_share_the_target(way, dtype):
+    """Against the same sum in float64; the target is among the words in some rows, shares sum to one in others."""
+    if way == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels reduce in float32")
+    V = 37
+    x, weight, targets, grad = problem(dtype, V=V, device="cuda" if GPU and way == "triton" else "cpu")
+    draw = torch.Generator().manual_seed(1)
+    words = torch.stack([torch.randperm(V, generator=draw)[:5] for _ in range(len(x))]).to(x.device)
+    words[:4, 2] = torch.where((words[:4] == targets[:4, None]).any(1), words[:4, 2], targets[:4])
+    shares = torch.rand(words.shape, generator=draw).to(x.device)
+    shares = shares / shares.sum(1, keepdim=True) * torch.linspace(0, 1, len(x), device=x.device)[:, None]
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    logp = (wide_x @ wide_weight.t()).log_softmax(-1)
+    each = -logp.gather(1, torch.cat([words, targets[:, None]], 1))
+    nll = (each * torch.cat([shares.double(), 1 - shares.double().sum(1, keepdim=True)], 1)).sum(1)
+    want = nll.detach(), *torch.autograd.grad(nll, (wide_x, wide_weight), grad)
+    got = linear_cross_entropy(x, weight, targets, words, shares)
+    assert_close((got.detach(), *torch.autograd.grad(got, (x, weight), grad.to(got.dtype))), want, dtype)
+
+
+def test_words_that_do_not_fit():
+    x, weight, targets, _ = problem(torch.float32)
+    words = torch.zeros(23, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="words, shares: got one without the other"):
+        linear_cross_entropy(x, weight, targets, words)
+    with pytest.raises(ValueError, match=r"words: got \(22, 2\)"):
+        linear_cross_entropy(x, weight, targets, words[:22], torch.zeros(22, 2))
+    with pytest.raises(ValueError, match=r"shares: got \(23, 1\)"):
+        linear_cross_entropy(x, weight, targets, words, torch.zeros(23, 1))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("V", [37, 5000])  # Triton walks blocks of 4096 columns
 def test_loss_and_gradients(way, dtype, V):
     if way == "triton" and dtype == torch.float64:
