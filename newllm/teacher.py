@@ -21,7 +21,7 @@ from torch import Tensor
 
 from newllm.data import Streams
 from newllm.errors import UserError
-from newllm.evaluation import SEGMENT, check_tokens, progress_bar
+from newllm.evaluation import GPU_SEGMENTS, SEGMENT, check_tokens, progress_bar
 from newllm.generation import evaluating
 from newllm.model import LanguageModel, State
 from newllm.run import Run
@@ -80,18 +80,19 @@ def read(
         torch.empty(tokens.size, K, dtype=torch.float16, device=device),
     )
     stream = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
+    segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" else 1)
     states: list[State | None] = [None] * len(models)
     modules = [module for model in models for module in model.modules()]
     with torch.inference_mode(), evaluating(modules), progress_bar(tokens.size, progress) as bar:
-        for start in range(0, tokens.size, SEGMENT):
-            piece = stream[:, start : start + SEGMENT]
+        for start in range(0, tokens.size, segment):
+            piece = stream[:, start : start + segment]
             total: Tensor | float = 0.0
             for index, model in enumerate(models):
                 logits, states[index] = model(piece, states[index])
                 total = total + logits[0].float().softmax(-1)  # (T, V)
             likeliest = (total / len(models)).topk(K, dim=-1)
-            advice.words[start : start + SEGMENT] = likeliest.indices
-            advice.probabilities[start : start + SEGMENT] = likeliest.values
+            advice.words[start : start + segment] = likeliest.indices
+            advice.probabilities[start : start + segment] = likeliest.values
             bar.update(piece.shape[1])
     return advice
 
