@@ -57,11 +57,17 @@ def test_every_recipe_takes_a_step(newllm, tmp_path, name):
     """Of a small model, with all that the recipe says of training."""
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("the cat sat on the mat and the dog on the log\n" * 300)
-    code, out, err = newllm(
-        "train", "--config", name, "--data", tmp_path, "--run", "r", "--steps", 2, "--batch-size", 2, "--segment", 8, "--no-compile",
-        "--layers", 1, "--embed-dim", 24, "--context-dim", 16, "--ffn-dim", 16, "--hidden-dim", 16, "--vocab-size", 300, "--device", "cpu",
-        "--eval-tokens", 50, "--spelling", 20 if name.startswith("wikitext") else 0,
-    )  # fmt: skip
+    options = [
+        "--data", tmp_path, "--steps", 2, "--batch-size", 2, "--segment", 8, "--no-compile", "--layers", 1, "--embed-dim", 24,
+        "--context-dim", 16, "--ffn-dim", 16, "--hidden-dim", 16, "--vocab-size", 300, "--device", "cpu", "--eval-tokens", 50,
+        "--spelling", 20 if name.startswith("wikitext") else 0,
+    ]  # fmt: skip
+    if name.endswith("-taught"):
+        code, _, err = newllm("train", "--config", name, "--run", "nobody", *options)
+        assert (code, "wanted --teacher RUN beside it" in err) == (2, True)
+        assert newllm("train", "--config", name.removesuffix("-taught"), "--run", "first", *options).code == 0
+        options += ["--teacher", "first"]
+    code, out, err = newllm("train", "--config", name, "--run", "r", *options)
     assert code == 0, err
     assert "test perplexity" in out
 
