@@ -2,9 +2,10 @@
 
     loss_t = - sum_k share q_tk log p(w_tk) - (1 - share sum_k q_tk) log p(x_{t+1})
 
-q_t are the probabilities of the next word after x_1 ... x_t, the mean over all teachers, each of which reads the training text once,
-as one stream, before the first step; w_t1 ... w_tK are the likeliest K words. What those leave of the probability goes to the
-word of the text. The teachers read the text as it is, whatever `--noise` makes of it for the one that learns.
+q_t are the probabilities of the next word after x_1 ... x_t, softmax(logits / temperature), the mean over all teachers, each of which
+reads the training text once, as one stream, before the first step; w_t1 ... w_tK are the likeliest K words. What those leave of the
+probability goes to the word of the text. A teacher has read that text many times and is surer of it than of any other, which a
+temperature above 1 makes up for; it is the teacher's alone, the one that learns is asked for plain probabilities. The teachers read the text as it is, whatever `--noise` makes of it for the one that learns.
 
 After: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); that a model of the same size learns more
 from itself than from the text alone: Furlanello, Lipton, Tschannen, Itti and Anandkumar, "Born-again neural networks" (2018).
@@ -57,8 +58,9 @@ def load_teachers(runs: Sequence[Run], tokenizer: Tokenizer, device: torch.devic
 
 
 def read(
-    teachers: Sequence[LanguageModel], tokens: np.ndarray, words: int, dtype: torch.dtype, progress: str | None = None
-) -> Advice:
+    teachers: Sequence[LanguageModel], tokens: np.ndarray, words: int, dtype: torch.dtype, temperature: float = 1.0,
+    progress: str | None = None,
+) -> Advice:  # fmt: skip
     """What the mean of `teachers`, all on one device, expects after each of `tokens` (n,): the likeliest `words` words, as many as there are at most.
 
     dtype: the teachers compute in. Raises UserError where the text does not fit a teacher, or the answer would not fit into memory.
@@ -89,7 +91,7 @@ def read(
             total: Tensor | float = 0.0
             for index, model in enumerate(models):
                 logits, states[index] = model(piece, states[index])
-                total = total + logits[0].float().softmax(-1)  # (T, V)
+                total = total + (logits[0].float() / temperature).softmax(-1)  # (T, V)
             likeliest = (total / len(models)).topk(K, dim=-1)
             advice.words[start : start + segment] = likeliest.indices
             advice.probabilities[start : start + segment] = likeliest.values

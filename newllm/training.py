@@ -100,7 +100,8 @@ class Trainer:
         np.random.seed(config.seed % 2**32)  # noqa: NPY002 - the global one, whoever draws from it
         torch.manual_seed(config.seed)
         self.model = build_model(model).to(self.device)
-        self.weights = Weights(self.model, config, compute_dtype(config.precision, self.device), spelling)
+        dtype = compute_dtype(config.precision, self.device)
+        self.weights = Weights(self.model, config, dtype, spelling)
         self.forward = self.weights.computing.features
         if config.compile:
             compile_layers(self.weights.computing)
@@ -109,17 +110,11 @@ class Trainer:
             train, config.batch_size, config.segment, config.seed, random=config.random_segments, device=self.device
         )
         self.noise = Noise(train, model.vocab_size, config.noise, self.device) if config.noise else None
-        self.advice = (
-            read_teachers(
-                teachers,
-                train,
-                config.teacher_words,
-                compute_dtype(config.precision, self.device),
-                "asking the teachers",
+        self.advice = None
+        if teachers:
+            self.advice = read_teachers(
+                teachers, train, config.teacher_words, dtype, config.teacher_temperature, "asking the teachers"
             )
-            if teachers
-            else None
-        )
         self.graphs = Graphs(self.device, config.cuda_graph)
         self.data = f"{fingerprint(train)}/{fingerprint(valid)}"
         self.state: State | None = None

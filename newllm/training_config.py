@@ -42,6 +42,7 @@ class TrainingConfig:
     noise: float = 0.0  # share of words replaced by others, weighted as Kneser-Ney smoothing does
     teacher_share: float = 0.0  # of the loss that is what teachers expect (newllm/teacher.py)
     teacher_words: int = 256  # the likeliest that a teacher is asked for at each token
+    teacher_temperature: float = 1.0  # teachers' logits are divided by it
     beta1: float = 0.9  # of AdamW, and the momentum of sgd
     beta2: float = 0.99
     clip: float = 1.0  # norm that gradients are clipped to
@@ -72,6 +73,7 @@ class TrainingConfig:
         for name, wanted, fits in (
             ("lr", "a number above 0", lambda x: x > 0),
             ("clip", "a number above 0", lambda x: x > 0),
+            ("teacher_temperature", "a number above 0", lambda x: x > 0),
             ("weight_decay", "a number of at least 0", lambda x: x >= 0),
             ("noise", "a number from 0 to 1", lambda x: 0 <= x <= 1),
             ("teacher_share", "a number from 0 to 1", lambda x: 0 <= x <= 1),

@@ -69,6 +69,7 @@ TRAINING_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "of the loss that is what teachers expect (default with --teacher: 0.5)",
     ),
     ("--teacher-words", "teacher_words", int, "the likeliest that teachers are asked for at each token (default: 256)"),
+    ("--teacher-temperature", "teacher_temperature", float, "what teachers' logits are divided by (default: 1)"),
     ("--beta1", "beta1", float, "AdamW's, or the momentum of sgd"),
     ("--beta2", "beta2", float, "AdamW's"),
     ("--clip", "clip", float, "norm that gradients are clipped to"),

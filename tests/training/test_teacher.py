@@ -46,14 +46,15 @@ def trainer(folder, teachers, **changes):
     return Trainer(run, MODEL, config, text(400, 0), text(100, 1), None, teachers)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("config", [MODEL, TRANSFORMER], ids=["newllm", "transformer"])
-def test_advice_is_the_mean_of_what_teachers_compute(config, monkeypatch):
+def test_advice_is_the_mean_of_what_teachers_compute(config, temperature, monkeypatch):
     monkeypatch.setattr(teacher, "SEGMENT", 33)  # in pieces, contexts carried
     teachers, tokens = [a_teacher(0, config), a_teacher(1, config)], text(100, 2)
-    advice = teacher.read(teachers, tokens, 6, torch.float32)
+    advice = teacher.read(teachers, tokens, 6, torch.float32, temperature)
     stream = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
-        p = sum(model(stream)[0][0].softmax(-1) for model in teachers) / 2
+        p = sum((model(stream)[0][0] / temperature).softmax(-1) for model in teachers) / 2
     assert advice.words.shape == advice.probabilities.shape == (100, 6)
     assert torch.allclose(advice.probabilities.float(), p.topk(6).values, atol=1e-3)
     assert torch.allclose(p.gather(1, advice.words.long()), p.topk(6).values, atol=1e-6)
@@ -101,6 +102,13 @@ def test_all_words_and_no_share_of_the_text_is_cross_entropy_with_the_teacher(tm
         p = model(first)[0][0].softmax(-1)[teacher.positions(one.streams, torch.tensor(0), 8)]
     want = -(p * one.model.logits(x).log_softmax(-1)).sum(-1)
     assert torch.allclose(nll, want, rtol=2e-3)  # probabilities are kept in float16
+
+
+def test_the_trainer_asks_as_its_config_says(tmp_path):
+    one = trainer(tmp_path, [a_teacher()], teacher_temperature=2.0, teacher_words=3)
+    want = teacher.read([a_teacher()], text(400, 0), 3, torch.float32, 2.0)
+    assert one.advice.words.equal(want.words)
+    assert one.advice.probabilities.equal(want.probabilities)
 
 
 def test_noise_is_not_for_the_teacher(tmp_path):
