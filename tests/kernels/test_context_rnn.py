@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
@@ -315,6 +316,35 @@ def test_memory_between_bounds():
     assert (memory.too_few, memory.guess()) == (512, 1024)
     memory.learn(0, 128, passes=9, met=True)
     assert (memory.too_few, memory.enough, memory.guess()) == (896, 1024, 1024)
+
+
+@pytest.mark.parametrize("memory", [50, 500, 3000, math.inf])
+@pytest.mark.parametrize(("B", "T", "D"), [(1, 16384, 768), (1, 16384, 256), (16, 1024, 256), (16, 1024, 768)])
+def test_auto_costs_at_most_a_twentieth_more_than_the_order_of_time(B, T, D, memory):
+    """All its trials counted, over the calls between two resets, by the costs it goes by: for a cell that forgets after `memory` steps."""
+    from newllm_kernels.recurrent_context import costs
+    from newllm_kernels.recurrent_context import solver as module
+
+    at_once, step = {768: (16, sum(costs.MESH[768])), 256: (112, 1.15 + 1.25 + 16 * (0.115 + 0.13))}[D]
+
+    def time(rows: int) -> float:
+        return min(-(-rows // at_once) * step, costs.steps(D, 2 * D, 1, rows).both)
+
+    auto, in_order, spent = module.Solver("auto"), T * time(B), []
+    for _ in range(40):
+        K, W, most = auto._choose(B, T, time, costs.PASS.both)
+        if K == 1:
+            spent.append(in_order)
+            continue
+        warm_up, steps = module.Plan(K, 0.0, most, W).steps(T)
+        needed = 1 + max(0.0, math.ceil((memory - warm_up) / steps)) if memory < math.inf else math.inf
+        passes = min(needed, most)
+        chunks = warm_up * time(B * K) + passes * (steps * time(B * K) + costs.PASS.both)
+        spent.append(chunks + in_order * (needed > most))  # what does not meet goes in order after all
+        auto._learn(warm_up, steps, [(passes, needed > most)])
+    settled = spent[-1]
+    assert settled <= in_order
+    assert sum(spent) + (module.FORGET_AFTER - 40) * settled <= 1.05 * module.FORGET_AFTER * in_order
 
 
 def test_windows_of_several_rows_are_not_copied_without_end():
