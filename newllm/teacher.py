@@ -5,7 +5,8 @@
 q_t are the probabilities of the next word after x_1 ... x_t, softmax(logits / temperature), the mean over all teachers, each of which
 reads the training text once, as one stream, before the first step; w_t1 ... w_tK are the likeliest K words. What those leave of the
 probability goes to the word of the text. A teacher has read that text many times and is surer of it than of any other, which a
-temperature above 1 makes up for; it is the teacher's alone, the one that learns is asked for plain probabilities. The teachers read the text as it is, whatever `--noise` makes of it for the one that learns.
+temperature above 1 makes up for; it is the teacher's alone, the one that learns is asked for plain probabilities. The teachers read the
+text as it is, whatever `--noise` makes of it for the one that learns.
 
 After: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); that a model of the same size learns more
 from itself than from the text alone: Furlanello, Lipton, Tschannen, Itti and Anandkumar, "Born-again neural networks" (2018).
@@ -61,9 +62,9 @@ def read(
     teachers: Sequence[LanguageModel], tokens: np.ndarray, words: int, dtype: torch.dtype, temperature: float = 1.0,
     progress: str | None = None,
 ) -> Advice:  # fmt: skip
-    """What the mean of `teachers`, all on one device, expects after each of `tokens` (n,): the likeliest `words` words, as many as there are at most.
+    """What the mean of `teachers`, all on one device, expects after each of `tokens` (n,): the likeliest `words` words, or all there are.
 
-    dtype: the teachers compute in. Raises UserError where the text does not fit a teacher, or the answer would not fit into memory.
+    dtype: the teachers compute in. temperature: of the formula above. Raises UserError where the text does not fit a teacher, or the answer would not fit into memory.
     """
     if not teachers:
         raise ValueError("teachers: got none, wanted at least one")
