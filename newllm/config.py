@@ -53,6 +53,7 @@ class ModelConfig:
     input_dropout: float | None = None  # of the embedded tokens; None: as `dropout`
     output_dropout: float = 0.0  # of what the output matrix reads
     embed_dropout: float = 0.0  # of whole words, wherever they stand in the segment
+    context_init: float = 1.0  # first weights that read the context, as a multiple of those that read the input
     recurrent_dropout: float = 0.0  # of single weights between the last context and the gates (DropConnect)
     locked_dropout: bool = False  # one mask for all steps of a text ("variational"), for `dropout`, input and output
     softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
@@ -69,6 +70,9 @@ class ModelConfig:
         self._require_choice("coupling", COUPLINGS)
         self._require_choice("norm", NORMS)
         self._require(_is_number(self.clamp) and self.clamp > 0, "clamp", "a finite number above 0")
+        self._require(
+            _is_number(self.context_init) and self.context_init >= 0, "context_init", "a number of at least 0"
+        )
         for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout"):
             value = getattr(self, name)
             fits = (_is_number(value) and 0 <= value < 1) or (name == "input_dropout" and value is None)
@@ -178,7 +182,7 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     head_dim = next(width for width in range(64, 0, -2) if embed_dim % width == 0)
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
-        tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0,
+        tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0,
     )  # fmt: skip
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim

@@ -28,6 +28,12 @@ MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--input-dropout", "input_dropout", float, "of embedded tokens (default: as --dropout)"),
     ("--output-dropout", "output_dropout", float, "of what the output matrix reads"),
     ("--embed-dropout", "embed_dropout", float, "of whole words of the vocabulary"),
+    (
+        "--context-init",
+        "context_init",
+        float,
+        "scale of the first weights with which gates read the context (default: 1)",
+    ),
     ("--recurrent-dropout", "recurrent_dropout", float, "of weights between the last context and the gates"),
     ("--locked-dropout", "locked_dropout", bool, "drop the same features at every step of a segment"),
     ("--softmaxes", "softmaxes", int, "of the mixture that gives the next token"),

@@ -59,13 +59,16 @@ class ContextCell(nn.Module):
         self.norm = LayerNorm(D) if config.norm else None
         # A zero start would make LayerNorm's 1/std explode on the first step, hence a learned one of unit variance.
         self.start = nn.Parameter(torch.randn(D))
-        self._init_weights()
+        self._init_weights(config.context_init)
 
-    def _init_weights(self) -> None:
+    def _init_weights(self, context_init: float) -> None:
         reads = () if self.from_context is None else (self.from_context,)
         fan_in = self.from_x.in_features + sum(linear.in_features for linear in reads)
         for linear in (self.from_x, *reads):
             init_linear(linear, fan_in)
+        for linear in reads:
+            # A context that nothing has been taught to write is noise in the gates, and the more lasting, the longer it lasts.
+            linear.weight.data.mul_(context_init)
         for linear in self.hidden_layers:
             init_linear(linear)
         gates = self.from_x

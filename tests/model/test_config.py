@@ -50,6 +50,8 @@ def test_round_trip_keeps_what_differs_from_the_defaults():
         ("input_dropout", 1),
         ("output_dropout", -1),
         ("embed_dropout", "much"),
+        ("context_init", -1.0),
+        ("context_init", "small"),
         ("recurrent_dropout", 1.0),
         ("recurrent_dropout", 0.5),  # of coupling="none": no weight reads the context
         ("locked_dropout", 1),

@@ -59,6 +59,18 @@ def test_recurrent_dropout_drops_weights_that_read_the_context(name):
     assert torch.equal(model.eval()(tokens)[0], make_model(ARCHITECTURES[name])(tokens)[0])
 
 
+@pytest.mark.parametrize("name", ["hops", "full", "classic"])
+def test_context_init_scales_what_reads_the_context_and_nothing_else(name):
+    torch.manual_seed(3)
+    plain = dict(build_model(ARCHITECTURES[name]).named_parameters())
+    torch.manual_seed(3)
+    scaled = dict(build_model(dataclasses.replace(ARCHITECTURES[name], context_init=0.25)).named_parameters())
+    reading = [key for key in plain if key.endswith("from_context.weight")]
+    assert reading
+    for key, weight in plain.items():
+        assert torch.equal(scaled[key], weight * (0.25 if key in reading else 1.0))
+
+
 def test_classic_draws_the_weights_of_a_segment_once(monkeypatch):
     model = make_model(dataclasses.replace(ARCHITECTURES["classic"], recurrent_dropout=0.5)).train()
     drawn = []
