@@ -88,6 +88,8 @@ class ModelConfig:
             )
             reads = self.reads_context or self.recurrent_dropout == 0
             self._require(reads, "recurrent_dropout", "0: no weight of this coupling reads the context")
+            reads = self.reads_context or self.context_init == 1
+            self._require(reads, "context_init", "1: no weight of this coupling reads the context")
         if self.architecture == "classic":
             self._require(
                 self.coupling != "none",

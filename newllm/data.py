@@ -278,9 +278,13 @@ class Streams:
     def window(self, offset: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """inputs (B, length) int64, targets (B, length) int64, the inputs one token on. Offset: of a `Segment`, as an
         integer or as a tensor () on the device."""
-        ahead = torch.arange(length + 1, device=self.starts.device)
-        window = self.tokens[(self.starts + offset + ahead) % self.tokens.numel()].long()  # (B, length + 1)
+        window = self.tokens[self.positions(offset, length + 1)].long()  # (B, length + 1)
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def positions(self, offset: int | Tensor, length: int) -> Tensor:
+        """Where in the text the tokens stand that every stream reads from `offset` on: (B, length) int64."""
+        ahead = torch.arange(length, device=self.starts.device)
+        return (self.starts + offset + ahead) % self.tokens.numel()
 
     def _shift(self) -> int:
         draw = np.random.default_rng((self.seed, self.epoch))

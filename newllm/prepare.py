@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm import checkpoint
+from newllm import checkpoint, teacher
 from newllm.config import ModelConfig
 from newllm.data import load_corpus, tokenise
 from newllm.errors import UserError, typed_path
@@ -18,7 +18,6 @@ from newllm.model import LanguageModel
 from newllm.prepared import is_prepared, load_prepared
 from newllm.run import Run, find_run
 from newllm.spelling import spelling_matrix
-from newllm.teacher import load_teachers
 from newllm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from newllm.training import Trainer
 from newllm.training_config import TrainingConfig, choose_device
@@ -106,13 +105,8 @@ def new_trainer(
 
 
 def _trainer(run: Run, model: ModelConfig, config: TrainingConfig, data: Data, teachers: Sequence[Run]) -> Trainer:
-    if (config.teacher_share > 0) != bool(teachers):
-        raise UserError(
-            f"--teacher-share {config.teacher_share:g}: wanted {'--teacher RUN beside it' if not teachers else 'a number above 0 beside --teacher'}"
-        )
-    if teachers and model.softmaxes > 1:
-        raise UserError(f"--softmaxes {model.softmaxes}: a mixture takes no --teacher")
-    models = load_teachers(teachers, data.tokenizer, choose_device(config.device))
+    teacher.check(model, config, teachers)
+    models = teacher.load_teachers(teachers, data.tokenizer, choose_device(config.device))
     spelling = _spelling(config, data)
     return Trainer(run, model, config, data.tokens["train"], data.tokens["valid"], spelling, models)
 
@@ -179,7 +173,7 @@ def write_config(
     if init is not None:
         content["init"] = str(init.path.resolve())
     if teachers:
-        content["teachers"] = [str(teacher.path.resolve()) for teacher in teachers]
+        content["teachers"] = [str(taught_by.path.resolve()) for taught_by in teachers]
     checkpoint.write_json(run.config_file, content)
 
 

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm.data import Streams
+from newllm.config import ModelConfig
 from newllm.errors import UserError
 from newllm.evaluation import GPU_SEGMENTS, SEGMENT, check_tokens, progress_bar
 from newllm.generation import evaluating
 from newllm.model import LanguageModel, State
 from newllm.run import Run
 from newllm.tokenizer import Tokenizer
+from newllm.training_config import TrainingConfig
 from newllm.weights import in_dtype
 
 MOST_BYTES = 2**35  # of what teachers said; a text for which that is more wants fewer words
@@ -43,6 +44,16 @@ class Advice(NamedTuple):
     def at(self, positions: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """positions (B, T) of tokens -> words (B, T, K) int64 and their shares of the loss (B, T, K) float32."""
         return self.words[positions].long(), self.probabilities[positions].float() * share
+
+
+def check(model: ModelConfig, config: TrainingConfig, teachers: Sequence[Run]) -> None:
+    """Raise UserError where a share of the loss has no teacher, a teacher no share, or the model cannot be taught."""
+    if config.teacher_share > 0 and not teachers:
+        raise UserError(f"--teacher-share {config.teacher_share:g}: wanted --teacher RUN beside it")
+    if teachers and config.teacher_share == 0:
+        raise UserError("--teacher-share 0: wanted a number above 0 beside --teacher")
+    if teachers and model.softmaxes > 1:
+        raise UserError(f"--softmaxes {model.softmaxes}: a mixture takes no --teacher")
 
 
 def load_teachers(runs: Sequence[Run], tokenizer: Tokenizer, device: torch.device) -> list[LanguageModel]:
@@ -98,9 +109,3 @@ def read(
             advice.probabilities[start : start + segment] = likeliest.values
             bar.update(piece.shape[1])
     return advice
-
-
-def positions(streams: Streams, offset: Tensor, length: int) -> Tensor:
-    """Of the inputs that `streams.window` reads: (B, length)."""
-    ahead = torch.arange(length, device=streams.starts.device)
-    return (streams.starts + offset + ahead) % streams.tokens.numel()

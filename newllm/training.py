@@ -34,7 +34,6 @@ from newllm.model import LanguageModel, State, build_model
 from newllm.noise import Noise
 from newllm.run import Run
 from newllm.speed import peak_flops, training_flops_per_token
-from newllm.teacher import positions
 from newllm.teacher import read as read_teachers
 from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
 from newllm.weights import Weights
@@ -197,7 +196,7 @@ class Trainer:
             x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
         advice = None
         if self.advice is not None:
-            advice = self.advice.at(positions(self.streams, self._offset, segment.length), self.config.teacher_share)
+            advice = self.advice.at(self.streams.positions(self._offset, segment.length), self.config.teacher_share)
         nll = self.weights.computing.nll(x, targets, advice)  # (B, T)
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()

@@ -37,6 +37,10 @@ def _prepared(args: argparse.Namespace) -> Run:
     apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     compare.check(model)  # before the data is read
+    if config.teacher_share > 0:
+        raise UserError(
+            f"--teacher-share {config.teacher_share:g}: a comparison has no teachers; train both with newllm train --teacher"
+        )
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
     compare.prepare(folder, model, config, data_settings(args, model), args.typed, args.minutes)
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from newllm import checkpoint, plots
+from newllm import checkpoint, plots, teacher
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
 from newllm.errors import UserError, typed_path
@@ -60,8 +60,9 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
         args.tokenizer = str(init.path)  # its embedding stands for that tokenizer's tokens
     model, config = model_settings(args, base), training_settings(args)
     teachers = [find_run(which) for which in args.teacher or ()]
-    if teachers and config.teacher_share == 0:
+    if teachers and not hasattr(args, "teacher_share"):
         config = dataclasses.replace(config, teacher_share=0.5)
+    teacher.check(model, config, teachers)  # before the data is read
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
     trainer = new_trainer(folder, model, config, data, init, args.typed, teachers)

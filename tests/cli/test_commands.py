@@ -324,6 +324,7 @@ def test_a_run_learns_from_others_and_goes_on_from_another_folder(newllm, text, 
     [
         (["--teacher", "nowhere"], "no run 'nowhere'"),
         (["--teacher-share", 0.5], "--teacher-share 0.5: wanted --teacher RUN beside it"),
+        (["--teacher", "first", "--teacher-share", 0], "--teacher-share 0: wanted a number above 0 beside --teacher"),
         (["--teacher", "first", "--teacher-share", 1.5], "--teacher-share: got 1.5"),
         (["--teacher", "first", "--teacher-temperature", 0], "--teacher-temperature: got 0.0, wanted a number above 0"),
         (["--teacher", "first", "--softmaxes", 2], "--softmaxes 2: a mixture takes no --teacher"),
@@ -338,3 +339,18 @@ def test_teachers_that_cannot_be(newllm, text, trained, options, said):
     assert code == 2
     assert said in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_comparison_has_no_teachers(newllm, text):
+    code, _, err = newllm("compare", "--data", text, *TINY, "--teacher-share", 0.5)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--teacher-share 0.5: a comparison has no teachers" in err
+
+
+def test_a_teacher_that_is_gone_is_one_line(newllm, text, trained, runs_root):
+    options = ["--data", text, *TINY, "--run", "pupil", "--teacher", "first", "--stop-after", 3]
+    assert newllm("train", *options).code == 0
+    trained.rename(runs_root / "elsewhere")
+    code, _, err = newllm("train", "--resume", "pupil")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"no run '{trained.resolve()}'" in err

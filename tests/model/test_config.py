@@ -52,6 +52,7 @@ def test_round_trip_keeps_what_differs_from_the_defaults():
         ("embed_dropout", "much"),
         ("context_init", -1.0),
         ("context_init", "small"),
+        ("context_init", 0.3),  # of coupling="none": no weight reads the context
         ("recurrent_dropout", 1.0),
         ("recurrent_dropout", 0.5),  # of coupling="none": no weight reads the context
         ("locked_dropout", 1),

@@ -12,7 +12,6 @@ from newllm import teacher
 from newllm.config import ModelConfig
 from newllm.errors import UserError
 from newllm.model import build_model
-from newllm.noise import Noise
 from newllm.run import Run
 from newllm.training import Trainer
 from newllm.training_config import TrainingConfig
@@ -65,7 +64,7 @@ def test_words_are_of_the_places_that_are_read(tmp_path):
     """Row t of the advice is what follows token t, wherever an epoch begins."""
     one = trainer(tmp_path, [a_teacher()])
     for offset in (0, 395):
-        at = teacher.positions(one.streams, torch.tensor(offset), 8)
+        at = one.streams.positions(torch.tensor(offset), 8)
         inputs, _ = one.streams.window(offset, 8)
         assert torch.equal(one.streams.tokens[at].long(), inputs)
         words, shares = one.advice.at(at, 0.5)
@@ -96,10 +95,10 @@ def test_all_words_and_no_share_of_the_text_is_cross_entropy_with_the_teacher(tm
     one = trainer(tmp_path, [model], teacher_share=1.0, teacher_words=V)
     inputs, targets = one.streams.window(0, 8)
     x, _ = one.forward(inputs, None)
-    nll = one.model.nll(x, targets, one.advice.at(teacher.positions(one.streams, torch.tensor(0), 8), 1.0))
+    nll = one.model.nll(x, targets, one.advice.at(one.streams.positions(torch.tensor(0), 8), 1.0))
     first = one.streams.tokens.long()[None]
     with torch.no_grad():
-        p = model(first)[0][0].softmax(-1)[teacher.positions(one.streams, torch.tensor(0), 8)]
+        p = model(first)[0][0].softmax(-1)[one.streams.positions(torch.tensor(0), 8)]
     want = -(p * one.model.logits(x).log_softmax(-1)).sum(-1)
     assert torch.allclose(nll, want, rtol=2e-3)  # probabilities are kept in float16
 
@@ -115,7 +114,6 @@ def test_noise_is_not_for_the_teacher(tmp_path):
     assert trainer(tmp_path, [a_teacher()], noise=1.0).advice.words.equal(
         teacher.read([a_teacher()], text(400, 0), 6, torch.float32).words
     )
-    assert isinstance(trainer(tmp_path / "again", [a_teacher()], noise=1.0).noise, Noise)
 
 
 def test_a_resumed_run_goes_on_with_the_same_losses(tmp_path):
@@ -134,8 +132,11 @@ def test_what_does_not_fit(tmp_path, monkeypatch):
         trainer(tmp_path, [])
     with pytest.raises(ValueError, match="teachers: got 1"):
         trainer(tmp_path, [a_teacher()], teacher_share=0.0)
+    mixture = build_model(dataclasses.replace(MODEL, softmaxes=2))
+    with pytest.raises(ValueError, match="advice: a mixture of softmaxes takes none"):
+        mixture.nll(torch.zeros(1, 2, 12), torch.zeros(1, 2, dtype=torch.int64), (torch.zeros(0), torch.zeros(0)))
     monkeypatch.setattr(teacher, "MOST_BYTES", 6000)
-    with pytest.raises(UserError, match=r"--teacher-words 6: .* wanted at most"):
+    with pytest.raises(UserError, match=r"--teacher-words 6: 6 words at each of 400 tokens .* wanted at most 2$"):
         teacher.read([a_teacher()], text(400, 0), 6, torch.float32)
 
 
