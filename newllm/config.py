@@ -54,6 +54,10 @@ class ModelConfig:
     output_dropout: float = 0.0  # of what the output matrix reads
     embed_dropout: float = 0.0  # of whole words, wherever they stand in the segment
     context_init: float = 1.0  # first weights that read the context, as a multiple of those that read the input
+    forget_init: float = 4.0  # largest forget bias at first; of the D features they are spread evenly from 0 to it
+    input_init: float = (
+        0.0  # first input biases are -input_init times the forget biases: with 1 what is kept and written make 1
+    )
     recurrent_dropout: float = 0.0  # of single weights between the last context and the gates (DropConnect)
     locked_dropout: bool = False  # one mask for all steps of a text ("variational"), for `dropout`, input and output
     softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
@@ -73,6 +77,8 @@ class ModelConfig:
         self._require(
             _is_number(self.context_init) and self.context_init >= 0, "context_init", "a number of at least 0"
         )
+        for name in ("forget_init", "input_init"):
+            self._require(_is_number(getattr(self, name)), name, "a finite number")
         for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout"):
             value = getattr(self, name)
             fits = (_is_number(value) and 0 <= value < 1) or (name == "input_dropout" and value is None)
@@ -184,7 +190,8 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     head_dim = next(width for width in range(64, 0, -2) if embed_dim % width == 0)
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
-        tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0,
+        tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0, forget_init=4.0,
+        input_init=0.0,
     )  # fmt: skip
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim

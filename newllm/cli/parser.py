@@ -34,6 +34,13 @@ MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         float,
         "scale of the first weights with which gates read the context (default: 1)",
     ),
+    (
+        "--forget-init",
+        "forget_init",
+        float,
+        "forget biases begin spread from 0 to this (default: 4, a half-life of 38 steps)",
+    ),
+    ("--input-init", "input_init", float, "input biases begin as minus this times the forget biases (default: 0)"),
     ("--recurrent-dropout", "recurrent_dropout", float, "of weights between the last context and the gates"),
     ("--locked-dropout", "locked_dropout", bool, "drop the same features at every step of a segment"),
     ("--softmaxes", "softmaxes", int, "of the mixture that gives the next token"),

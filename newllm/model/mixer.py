@@ -59,25 +59,26 @@ class ContextCell(nn.Module):
         self.norm = LayerNorm(D) if config.norm else None
         # A zero start would make LayerNorm's 1/std explode on the first step, hence a learned one of unit variance.
         self.start = nn.Parameter(torch.randn(D))
-        self._init_weights(config.context_init)
+        self._init_weights(config)
 
-    def _init_weights(self, context_init: float) -> None:
+    def _init_weights(self, config: ModelConfig) -> None:
         reads = () if self.from_context is None else (self.from_context,)
         fan_in = self.from_x.in_features + sum(linear.in_features for linear in reads)
         for linear in (self.from_x, *reads):
             init_linear(linear, fan_in)
         for linear in reads:
             # A context that nothing has been taught to write is noise in the gates, and the more lasting, the longer it lasts.
-            linear.weight.data.mul_(context_init)
+            linear.weight.data.mul_(config.context_init)
         for linear in self.hidden_layers:
             init_linear(linear)
         gates = self.from_x
         if self.to_gates is not None:
             init_linear(self.to_gates)
             gates = self.to_gates
-        with torch.no_grad():  # memories from two to some fifty steps long, from the first step of training on
+        with torch.no_grad():  # memories of many lengths from the first step of training on
             D = self.start.numel()
-            gates.bias[:D] = torch.linspace(0.0, 4.0, D)
+            gates.bias[:D] = torch.linspace(0.0, config.forget_init, D)
+            gates.bias[D : 2 * D] = -config.input_init * gates.bias[:D]
 
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
         """The learned start, once per hop: (B, K, D), float32 (float64 for a float64 model)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -51,6 +52,8 @@ def test_round_trip_keeps_what_differs_from_the_defaults():
         ("output_dropout", -1),
         ("embed_dropout", "much"),
         ("context_init", -1.0),
+        ("forget_init", "long"),
+        ("input_init", math.inf),
         ("context_init", "small"),
         ("context_init", 0.3),  # of coupling="none": no weight reads the context
         ("recurrent_dropout", 1.0),

@@ -71,6 +71,27 @@ def test_context_init_scales_what_reads_the_context_and_nothing_else(name):
         assert torch.equal(scaled[key], weight * (0.25 if key in reading else 1.0))
 
 
+@pytest.mark.parametrize("name", ["none", "hops", "full", "classic"])
+def test_gate_biases_begin_as_the_config_says_and_nothing_else_changes(name):
+    torch.manual_seed(3)
+    plain = dict(build_model(ARCHITECTURES[name]).named_parameters())
+    torch.manual_seed(3)
+    config = dataclasses.replace(ARCHITECTURES[name], forget_init=3.0, input_init=0.5)
+    begun = dict(build_model(config).named_parameters())
+    D = config.context_dim
+    biases = [key for key, value in plain.items() if value.shape == (3 * D,)]
+    assert len(biases) == (1 if name == "classic" else config.num_layers)
+    for key, value in plain.items():
+        if key not in biases:
+            assert torch.equal(begun[key], value)
+            continue
+        f, i, d = begun[key].split(D)
+        assert torch.equal(f, torch.linspace(0, 3, D))
+        assert torch.equal(i, -f / 2)
+        assert torch.equal(value, torch.cat((torch.linspace(0, 4, D), torch.zeros(2 * D))))
+        assert not d.any()
+
+
 def test_classic_draws_the_weights_of_a_segment_once(monkeypatch):
     model = make_model(dataclasses.replace(ARCHITECTURES["classic"], recurrent_dropout=0.5)).train()
     drawn = []
