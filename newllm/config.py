@@ -31,7 +31,7 @@ class ModelConfig:
     Which fields an architecture reads:
 
     - `newllm`: all but `num_heads`, `max_seq_len`; `hidden_dim` and `activation` only where `fnn_layers > 0`.
-    - `classic`: one cell, so not `num_layers`, `ffn_dim`, `num_heads`, `max_seq_len`, `tie_embeddings`.
+    - `classic`: one cell, so not `num_layers`, `ffn_dim`, `recall`, `num_heads`, `max_seq_len`, `tie_embeddings`.
     - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, all dropouts but `recurrent_dropout`,
       `softmaxes`, `tie_embeddings`, `num_heads`, `max_seq_len`.
     """
@@ -58,6 +58,9 @@ class ModelConfig:
     input_init: float = 0.0  # input biases are -input_init times those at first: 1 makes what is kept and written 1
     recurrent_dropout: float = 0.0  # of single weights between the last context and the gates (DropConnect)
     locked_dropout: bool = False  # one mask for all steps of a text ("variational"), for `dropout`, input and output
+    recall: int = (
+        0  # S: entries of each table of what followed the last 1, 2 and 3 tokens (newllm/model/recall.py); 0: none
+    )
     softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
     tie_embeddings: bool = True
     num_heads: int = 4
@@ -67,6 +70,7 @@ class ModelConfig:
         for name in _POSITIVE_INTS:
             self._require_int(name, minimum=1)
         self._require_int("fnn_layers", minimum=0)
+        self._require_int("recall", minimum=0)
         self._require_choice("architecture", ARCHITECTURES)
         self._require_choice("activation", ACTIVATIONS)
         self._require_choice("coupling", COUPLINGS)
@@ -83,6 +87,11 @@ class ModelConfig:
             self._require(fits, name, "a number in [0, 1)")
         for name in ("locked_dropout", "tie_embeddings"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
+        if self.recall:
+            self._require(self.architecture == "newllm", "recall", f'0 with architecture="{self.architecture}"')
+            self._require(
+                self.vocab_size <= 2**17, "recall", f"0 with vocab_size={self.vocab_size}, which is above 131072"
+            )
         if self.architecture == "transformer":
             even_heads = self.embed_dim % (2 * self.num_heads) == 0  # RoPE turns pairs of features
             self._require(even_heads, "num_heads", f"heads of an even width that divide embed_dim={self.embed_dim}")
@@ -190,7 +199,7 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
         tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0, forget_init=4.0,
-        input_init=0.0,
+        input_init=0.0, recall=0,
     )  # fmt: skip
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim

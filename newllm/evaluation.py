@@ -16,6 +16,7 @@ from newllm.data import evaluation_segments
 from newllm.errors import UserError
 from newllm.generation import evaluating
 from newllm.model import LanguageModel
+from newllm.model.common import NONE
 from newllm.tokenizer import Tokenizer
 
 SEGMENT = 512  # tokens per forward pass; the context is carried over, so the result does not depend on it
@@ -66,6 +67,41 @@ def token_losses(
             losses.append(model.nll(x, targets.to(device))[0].float())
             bar.update(inputs.shape[1])
         return torch.cat(losses).cpu().numpy()
+
+
+def calibrate(model: LanguageModel, tokens: np.ndarray, *, limit: int | None = None) -> Score:
+    """Set the shares of a model with `recall` (newllm/model/recall.py) so that `tokens` are likeliest, and score them as `evaluate` does.
+
+    The likelihood is concave in each of the six shares by itself: its slope, sum of (hit - p) / ((1 - s) p + s hit) over the tokens of a
+    group, is searched for its zero.
+    """
+    tokens = tokens[: None if limit is None else limit + 1]
+    check_tokens(model, tokens)
+    device = next(model.parameters()).device
+    segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" else 1)
+    state, seen = None, []
+    with torch.inference_mode(), evaluating(model.modules()):
+        for inputs, targets in evaluation_segments(tokens, segment):
+            features, state = model.features(inputs.to(device), state)
+            targets = targets.to(device)
+            nll = model.nll(features.x, targets)
+            group = torch.where(features.words == NONE, -1, features.groups)
+            seen.append(torch.stack((nll.double(), features.words == targets, group))[:, 0].cpu())
+    nll, hit, group = torch.cat(seen, dim=1)  # (n - 1,) each, float64
+    p = (-nll).exp()
+    mixed = p.clone()
+    for index in range(model.recall.shares.numel()):
+        own = group == index
+        low, high = 0.0, 1 - 1e-6
+        for _ in range(40):
+            share = (low + high) / 2
+            slope = ((hit[own] - p[own]) / ((1 - share) * p[own] + share * hit[own])).sum()
+            low, high = (share, high) if slope > 0 else (low, share)
+        model.recall.shares[index] = low
+        mixed[own] = (1 - low) * p[own] + low * hit[own]
+    # A word so unlikely that p is 0 in float64 was not recalled either.
+    loss = torch.where(mixed > 0, -mixed.log(), nll).mean().item()
+    return Score(loss, nll.numel())
 
 
 def bits_per_byte(loss: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:

@@ -28,7 +28,7 @@ from newllm import checkpoint
 from newllm.config import ModelConfig
 from newllm.data import Segment, Streams, fingerprint
 from newllm.errors import UserError
-from newllm.evaluation import evaluate
+from newllm.evaluation import calibrate, evaluate
 from newllm.graphs import Graphs
 from newllm.model import LanguageModel, State, build_model
 from newllm.noise import Noise
@@ -271,7 +271,11 @@ class Trainer:
         before = len(self._seams)
         model = self.weights.evaluated(self.step)
         with self.uncompiled():
-            score = evaluate(model, self.valid, limit=self.config.eval_tokens)
+            if getattr(model, "recall", None) is None:
+                score = evaluate(model, self.valid, limit=self.config.eval_tokens)
+            else:
+                score = calibrate(model, self.valid, limit=self.config.eval_tokens)
+                self.weights.set_shares(model.recall.shares)
         record = {"step": self.step, "valid_loss": score.loss, "valid_perplexity": score.perplexity}
         if self._full:
             record |= {f"valid_{name}": value for name, value in passes(self._seams[before:]).items()}

@@ -179,6 +179,13 @@ class Weights:
         self._copy(self.averaged)
         return self.computing
 
+    @torch.no_grad()
+    def set_shares(self, shares: Tensor) -> None:
+        """Of recall: all copies of the model have the same."""
+        for model in (self.masters, self.computing, self.average):
+            if model is not None:
+                model.recall.shares.copy_(shares)
+
     def spelling_tensors(self) -> dict[str, Tensor]:
         """G and its average, for a checkpoint; nothing where there is none."""
         if self.spelling is None:

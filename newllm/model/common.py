@@ -7,6 +7,7 @@ so that it can be detached, indexed by row, or saved as safetensors. `None` stan
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,33 @@ from newllm.cross_entropy import linear_cross_entropy
 
 State = dict[str, Tensor]
 
+NONE = -1  # in place of a token: there is none
+
 ACTIVATION = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class Pointed(NamedTuple):
+    """Features x (B, T, F), and beside the softmax that they give a word (B, T) int64, NONE for none, with its share of the prediction
+    (B, T): p = (1 - share) softmax + share [word]. `groups` (B, T) int64 says where the share comes from."""
+
+    x: Tensor
+    words: Tensor
+    shares: Tensor
+    groups: Tensor
+
+    def mixed(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood (B, T) by the softmax -> by both."""
+        shares = self.shares.to(nll.dtype).masked_fill(self.words == NONE, 0.0)
+        rest = torch.log1p(-shares) - nll
+        return -torch.where(self.words == targets, torch.logaddexp(rest, shares.log()), rest)
+
+    def mixed_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, T, V) of the softmax -> logarithms of probabilities by both."""
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        shares = self.shares.to(wide).masked_fill(self.words == NONE, 0.0)[..., None]
+        logs = logits.to(wide).log_softmax(-1) + torch.log1p(-shares)
+        at = self.words.clamp(min=0)[..., None]
+        return logs.scatter(-1, at, torch.logaddexp(logs.gather(-1, at), shares.log()))
 
 
 class LanguageModel(nn.Module):
@@ -27,7 +54,7 @@ class LanguageModel(nn.Module):
     the state the last one returned, gives the logits of the whole text ("golden property", docs/model.md).
 
     An architecture defines `features`, what the output matrix `head` reads. Training and evaluation ask for the `nll`
-    of features, which never holds all logits at once.
+    of features, which never holds all logits at once. Features are a tensor or, where the softmax is not all there is, `Pointed`.
     """
 
     carries_context = True  # whether training may hand the state of one segment to the next
@@ -40,7 +67,7 @@ class LanguageModel(nn.Module):
         self.mixture = Mixture(width, config.softmaxes) if config.softmaxes > 1 else None
         self.output_dropout = Dropout(config.output_dropout, config.locked_dropout)
 
-    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor | Pointed, State]:
         """tokens (B, T) int64 -> features (B, T, F), state after the last token."""
         raise NotImplementedError
 
@@ -49,19 +76,25 @@ class LanguageModel(nn.Module):
         x, state = self.features(tokens, state)
         return self.logits(x), state
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor | Pointed) -> Tensor:
         """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities."""
+        if isinstance(x, Pointed):
+            return x.mixed_logits(self.logits(x.x))
         if self.mixture is None:
             return self.head(self.output_dropout(x))
         shares, latent = self.mixture(x)  # (B, T, K), (B, T, K, F)
         each = self.head(self._drop_latent(latent)).to(shares.dtype).log_softmax(-1)  # (B, T, K, V)
         return (shares[..., None] + each).logsumexp(-2)
 
-    def nll(self, x: Tensor, targets: Tensor, advice: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def nll(self, x: Tensor | Pointed, targets: Tensor, advice: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """features (B, T, F), targets (B, T) int64 -> negative log-likelihood of each target (B, T), float32.
 
         advice: further words (B, T, K) int64, each once at its place, and what they share of the target (B, T, K); not of a mixture.
         """
+        if isinstance(x, Pointed):
+            if advice is not None:
+                raise ValueError("advice: features that point at a word take none")
+            return x.mixed(self.nll(x.x, targets), targets)
         B, T, F_ = x.shape
         if self.mixture is None:
             x = self.output_dropout(x)

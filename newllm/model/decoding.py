@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.model.classic import Classic
-from newllm.model.common import LanguageModel, State
+from newllm.model.common import LanguageModel, Pointed, State
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
 from newllm.model.transformer import Transformer
@@ -56,17 +56,27 @@ def make_decoder(model: LanguageModel, rows: int) -> Decoder | None:
 
 
 class ProgramDecoder:
-    """Static buffers (tokens (B,) int64, logits (B, V), contexts (B, D) per cell and hop) and the program between them."""
+    """Static buffers (tokens (B,) int64, logits (B, V), contexts (B, D) per cell and hop) and the program between them.
+
+    With recall the program begins at embedded tokens: what is recalled is looked up before it, and mixed into the logits after it, by
+    the operations that the model uses.
+    """
 
     def __init__(self, model: NewLLM | Classic, rows: int) -> None:
         weight = model.head.weight
         acc = acc_dtype(weight.dtype)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.logits = torch.zeros(rows, weight.shape[0], dtype=acc, device=weight.device)
-        initial = model.initial_state(rows, weight.device)  # of (B, K, D) each
-        self.contexts = {
-            key: [value[:, hop].clone() for hop in range(value.shape[1])] for key, value in initial.items()
+        initial = model.initial_state(rows, weight.device)
+        self.tables = {key: value.clone() for key, value in initial.items() if key.startswith("recall.")}
+        self.contexts = {  # of (B, K, D) each
+            key: [value[:, hop].clone() for hop in range(value.shape[1])]
+            for key, value in initial.items()
+            if key not in self.tables
         }
+        self.model = model if self.tables else None
+        if self.model is not None:
+            self.embedded = torch.zeros(rows, model.config.embed_dim, dtype=acc, device=weight.device)
         build = _newllm_layers if isinstance(model, NewLLM) else _classic_layers
         with torch.no_grad():
             self.program = DecodeProgram(list(build(model, self)), rows)
@@ -76,14 +86,27 @@ class ProgramDecoder:
         for key, contexts in self.contexts.items():
             for hop, context in enumerate(contexts):
                 context.copy_(state[key][:, hop])
+        for key, table in self.tables.items():
+            table.copy_(state[key])
 
     def state(self) -> State:
         """A copy of the state, as the model has it."""
-        return {key: torch.stack(contexts, dim=1) for key, contexts in self.contexts.items()}
+        contexts = {key: torch.stack(contexts, dim=1) for key, contexts in self.contexts.items()}
+        return contexts | {key: table.clone() for key, table in self.tables.items()}
 
     def run(self) -> None:
         """tokens -> logits, one token on."""
+        if self.model is None:
+            self.program.run()
+            return
+        recall = self.model.recall
+        x, words, groups, tables = recall(self.tokens[:, None], self.model.embedding, self.tables)
+        self.embedded.copy_(x[:, 0])
+        for key, table in self.tables.items():
+            table.copy_(tables[key])
         self.program.run()
+        pointed = Pointed(x, words, recall.shares[groups], groups)
+        self.logits.copy_(pointed.mixed_logits(self.logits[:, None])[:, 0])
 
 
 def _norm_of(norm: LayerNorm) -> dict[str, object]:
@@ -204,7 +227,7 @@ def _block_layers(
 
 
 def _newllm_layers(model: NewLLM, decoder: ProgramDecoder) -> Iterator[DecodeLayer]:
-    x, tokens = model.embedding.weight, decoder.tokens
+    x, tokens = (model.embedding.weight, decoder.tokens) if model.recall is None else (decoder.embedded, None)
     for block, contexts in zip(model.blocks, decoder.contexts.values(), strict=True):
         x = yield from _block_layers(block, model.config.activation, contexts, x, tokens)
         tokens = None

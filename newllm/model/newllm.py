@@ -1,11 +1,11 @@
 """New-LLM: a residual stack of context mixers and feed-forward networks.
 
-    x = embedding(tokens)                        (B, T, E)
+    x = embedding(tokens)                        (B, T, E), with `recall` and what followed such places before
     L times:  x = x + mixer(LayerNorm(x))        memory: along time, through contexts of fixed size
               x = x + ffn(LayerNorm(x))          thought: along features
     logits = head(LayerNorm(x))                  (B, T, V), the head tied to the embedding
 
-All it remembers of a text is K context vectors a layer, however long the text.
+All it remembers of a text is K context vectors a layer and the tables of `recall`, however long the text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
-from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
+from newllm.model.common import Dropout, Embedding, LanguageModel, Pointed, State, SwiGLU, init_linear, input_dropout
 from newllm.model.mixer import ContextMixer
+from newllm.model.recall import Recall, initial_tables
 from newllm_kernels import LayerNorm
 
 
@@ -37,11 +38,13 @@ class Block(nn.Module):
 
 
 class NewLLM(LanguageModel):
-    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"."""
+    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"; with recall `recall.entries` (B, 3, S) int32
+    and `recall.tokens` (B, 3) int64."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embedding = Embedding(config.vocab_size, config.embed_dim, config.embed_dropout)
+        self.recall = Recall(config) if config.recall else None
         self.dropout = input_dropout(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.embed_dim)
@@ -61,19 +64,31 @@ class NewLLM(LanguageModel):
                 nn.init.zeros_(out.weight)
 
     def _keys(self) -> list[str]:
+        """Of the contexts."""
         return [f"layers.{n}.context" for n in range(len(self.blocks))]
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         cells = (block.mixer.cell for block in self.blocks)
-        return {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
+        state = {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
+        if self.recall is not None:
+            # Without a device contexts lie where the weights do.
+            state |= initial_tables(batch_size, self.config.recall, device or self.embedding.weight.device)
+        return state
 
-    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> features (B, T, E), state after the last token."""
-        self.check_inputs(tokens, state, self._keys())
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor | Pointed, State]:
+        """tokens (B, T) int64 -> features (B, T, E), state after the last token. With recall, where it is not trained, they point at words."""
+        tables = [] if self.recall is None else list(initial_tables(0, 0, "meta"))
+        self.check_inputs(tokens, state, [*self._keys(), *tables])
         if state is None:
             state = self.initial_state(tokens.shape[0])
-        x = self.dropout(self.embedding(tokens))  # (B, T, E)
-        new_state = {}
+        if self.recall is None:
+            x, new_state = self.embedding(tokens), {}  # (B, T, E)
+        else:
+            x, words, groups, new_state = self.recall(tokens, self.embedding, state)
+        x = self.dropout(x)
         for key, block in zip(self._keys(), self.blocks, strict=True):
             x, new_state[key] = block(x, state[key])
-        return self.final_norm(x), new_state
+        x = self.final_norm(x)
+        if self.recall is None or self.training:
+            return x, new_state
+        return Pointed(x, words, self.recall.shares[groups], groups), new_state

@@ -26,6 +26,12 @@ def walk() -> dict[str, ModelConfig]:
                     configs[f"classic-{name}"] = ModelConfig(architecture="classic", **settings)
     configs["newllm-untied-tanh-clamped"] = ModelConfig(**SMALL, activation="tanh", clamp=1.0, tie_embeddings=False)
     configs["newllm-mixture"] = ModelConfig(**SMALL, softmaxes=3)
+    for entries in (
+        7,
+        1000,
+    ):  # of 23, 529 and 12,167 places: taken over all the time, and for the texts of the tests hardly ever
+        configs[f"newllm-recall{entries}"] = ModelConfig(**SMALL, fnn_layers=0, recall=entries)
+    configs["newllm-recall-hops-mixture"] = ModelConfig(**SMALL, coupling="hops", hops=2, softmaxes=2, recall=30)
     for window in (5, 64):  # shorter and longer than the texts of the tests
         configs[f"transformer-window{window}"] = ModelConfig(
             architecture="transformer", vocab_size=VOCAB, embed_dim=12, num_heads=3, ffn_dim=13, max_seq_len=window
@@ -48,6 +54,8 @@ def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: in
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
         model.embedding.weight.mul_(0.5 / model.embedding.weight.std())
+        if getattr(model, "recall", None) is not None:
+            model.recall.shares.uniform_(0.1, 0.9)
     return model.to(dtype).eval()
 
 

@@ -62,9 +62,11 @@ def test_recurrent_state_has_constant_size_and_is_float32(name):
     model = make_model(config, torch.float32)
     _, states = feed(model, make_tokens(2, 19), [1, 1, 4, 13])
     vectors = config.hops * (config.num_layers if config.architecture == "newllm" else 1)
+    tables = 3 * (4 * config.recall + 8) if config.recall else 0  # entries of 4 bytes, and the last tokens
     for state in [model.initial_state(2), *states]:
-        assert state_bytes(state) == 2 * vectors * config.context_dim * 4
-        assert all(value.dtype == torch.float32 and value.shape[0] == 2 for value in state.values())
+        assert state_bytes(state) == 2 * (vectors * config.context_dim * 4 + tables)
+        assert all(value.shape[0] == 2 for value in state.values())
+        assert all(value.dtype == torch.float32 for key, value in state.items() if key.endswith("context"))
         assert all(value.is_contiguous() for value in state.values())
 
 

@@ -1,0 +1,135 @@
+"""Recall: what followed the last time the text stood at such a place, looked up in tables of fixed size.
+
+For n = 1, 2, 3 a text has a table of S entries. After token x_t the place is the last n tokens; their hash names an entry:
+
+    w_t^n = the token that followed when the same n tokens were last seen, or none     read
+    entry(x_{t-n} ... x_{t-1}) := x_t                                                  written, before that
+
+    x_t   = E[x_t] + W [E[w_t^1] ; E[w_t^2] ; E[w_t^3]] + F[flags_t]                   what the first layer reads
+
+    p(x_{t+1}) = (1 - s) softmax(logits_t) + s [x_{t+1} = w_t^n]                           where a model is used, not where it is trained
+
+flags_t are six bits: which w_t^n there are, and which of w_{t-1}^n turned out right, x_t = w_{t-1}^n. In the last line n is the largest
+that recalls anything, and s one of six numbers: by n, and by whether w_{t-1}^n was right. They are not trained but set so that the
+validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth time a model needs no recall, and what it
+learns there of when to believe it is too little for a new one. Both reading and writing cost the
+same at every token, and a table holds the latest S places or fewer: a place that hashes to an entry in use takes it over. An entry
+keeps 14 further bits of its place's hash, so that another place that reads it finds nothing, but for one in 16,384.
+
+Contexts are what a model makes of a text, and lose the letter of it; attention wins by looking up names and phrases that stand in its
+window (docs/model.md). After the match model of Mahoney's PAQ compressors ("Adaptive weighing of context models for lossless data
+compression", 2005), whose prediction is an input here instead of a vote, and the cache of Kuhn and De Mori (1990).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from newllm.config import ModelConfig
+from newllm.model.common import NONE, Embedding
+
+ORDERS = 3  # n from 1 to this many tokens
+TOKEN_BITS, TAG_BITS = 17, 14  # of an entry of 32 bits: the token that followed, and a piece of its place's hash
+
+# Odd multipliers of 64 bits (from the golden ratio, and of MurmurHash3's finaliser), as the signed integers that PyTorch has.
+_MIX, _FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
+
+
+def initial_tables(batch_size: int, entries: int, device: torch.device | str | None) -> dict[str, Tensor]:
+    """The state of a text that has not begun: entries (B, ORDERS, S) int32 and the last ORDERS tokens (B, ORDERS) int64, the latest
+    last."""
+    return {
+        "recall.entries": torch.full((batch_size, ORDERS, entries), NONE, dtype=torch.int32, device=device),
+        "recall.tokens": torch.full((batch_size, ORDERS), NONE, dtype=torch.int64, device=device),
+    }
+
+
+def places(text: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """text (B, ORDERS - 1 + L) -> of every place but the first ORDERS - 1 and every order: which entry it has (B, ORDERS, L) int64, `entries`
+    where a token is missing; its tag, int64; whether no token is missing, bool."""
+    L = text.shape[1] - ORDERS + 1
+    hashes, known = torch.zeros_like(text[:, :L]), torch.ones_like(text[:, :L], dtype=torch.bool)
+    slots, tags, real = [], [], []
+    for n in range(ORDERS):
+        token = text[:, ORDERS - 1 - n :][:, :L]
+        hashes, known = (hashes + token + 1) * _MIX, known & (token != NONE)
+        mixed = (hashes ^ (hashes >> 32)) * _FINISH
+        tags.append((mixed >> 16) & (2**TAG_BITS - 1))
+        slots.append(torch.where(known, ((mixed >> 32) & (2**31 - 1)) % entries, entries))
+        real.append(known)
+    return torch.stack(slots, 1), torch.stack(tags, 1), torch.stack(real, 1)
+
+
+def neighbours(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """slots (..., L) of a text's places -> of every place the last one before it that has the same entry, and the next: (..., L) int64
+    each, -1 and L where there is none."""
+    L = slots.shape[-1]
+    at = torch.arange(L, device=slots.device)
+    ordered = (slots * L + at).sort(dim=-1).values  # unequal numbers, so that every sort agrees
+    slot, place = ordered // L, ordered % L
+    same = slot[..., 1:] == slot[..., :-1]
+    before = torch.full_like(place, -1)
+    after = torch.full_like(place, L)
+    before[..., 1:] = torch.where(same, place[..., :-1], -1)
+    after[..., :-1] = torch.where(same, place[..., 1:], L)
+    return torch.empty_like(place).scatter_(-1, place, before), torch.empty_like(place).scatter_(-1, place, after)
+
+
+def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Walk through tokens (B, T) int64 from a state.
+
+    Returns w (B, T, ORDERS) int64, NONE where nothing is recalled; whether the word recalled a step before was right, bool of the same
+    shape; and the new state.
+    """
+    entries, last = state["recall.entries"], state["recall.tokens"]
+    S = entries.shape[2]
+    text = torch.cat((last, tokens), dim=1)  # (B, ORDERS + T)
+    slots, tags, known = places(text, S)  # (B, ORDERS, 1 + T): the first is the place that the last text ended at
+    follows = text[:, None, ORDERS:]  # (B, 1, T) of all places but the last
+    written = (tags[..., :-1] << TOKEN_BITS) | follows
+    before, after = neighbours(slots)
+    # Of the places that have an entry, each reads what the one before wrote, the first what the table had.
+    had = torch.cat((entries, entries[..., :1]), dim=-1).gather(-1, slots).long()
+    wrote = torch.cat((written, written[..., :1]), dim=-1).gather(-1, before.clamp(min=0))
+    read = torch.where(before >= 0, wrote, had)
+    found = known & (read >= 0) & (read >> TOKEN_BITS == tags)
+    words = torch.where(found, read & (2**TOKEN_BITS - 1), NONE)  # (B, ORDERS, 1 + T)
+    right = words[..., :-1] == follows
+    # The last to write an entry leaves it; the others, and places without one, write beyond the table.
+    T = tokens.shape[1]
+    leaves = torch.where(after[..., :-1] >= T, slots[..., :-1], S)
+    beyond = torch.cat((entries, entries[..., :1]), dim=-1).scatter(-1, leaves, written.int())
+    new = {"recall.entries": beyond[..., :S].contiguous(), "recall.tokens": text[:, -ORDERS:].contiguous()}
+    return words[..., 1:].transpose(1, 2), right.transpose(1, 2), new
+
+
+class Recall(nn.Module):
+    """What recalled words add to the embedded tokens, and their shares of what is predicted. See the formulas at the top of this file."""
+
+    shares: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.out = nn.Linear(ORDERS * config.embed_dim, config.embed_dim, bias=False)
+        self.flags = nn.Embedding(4**ORDERS, config.embed_dim)
+        self.register_buffer("shares", torch.zeros(2 * ORDERS))
+        nn.init.zeros_(self.out.weight)  # a model begins as one without
+        nn.init.zeros_(self.flags.weight)
+
+    def forward(
+        self, tokens: Tensor, embedding: Embedding, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """tokens (B, T) -> embedded tokens with what is recalled (B, T, E), the word of the longest place (B, T), NONE where there is none,
+        its group (B, T), an index of shares, and the new state."""
+        words, right, state = recall(tokens, state)
+        found = words != NONE
+        # Together with the tokens: one mask of dropped words for both.
+        embedded = embedding(torch.cat((tokens[..., None], words.clamp(min=0)), dim=-1))  # (B, T, 1 + ORDERS, E)
+        recalled = embedded[..., 1:, :] * found[..., None]
+        bits = 2 ** torch.arange(2 * ORDERS, device=tokens.device)
+        flags = (torch.cat((found, right), dim=-1) * bits).sum(-1)
+        x = embedded[..., 0, :] + self.out(recalled.flatten(-2)) + self.flags(flags)
+        longest = (found * torch.arange(1, ORDERS + 1, device=tokens.device)).amax(-1, keepdim=True).sub(1).clamp(min=0)
+        word, was_right = words.gather(-1, longest)[..., 0], right.gather(-1, longest)[..., 0]
+        return x, word, 2 * longest[..., 0] + was_right, state

@@ -1,0 +1,201 @@
+"""Tables of what followed the last time: against dictionaries that are written token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from configs import SMALL, WALK, make_model, make_tokens
+
+from newllm.config import ModelConfig
+from newllm.evaluation import calibrate, evaluate, token_losses
+from newllm.model import build_model
+from newllm.model.recall import NONE, ORDERS, initial_tables, places, recall
+
+
+def by_hand(tokens: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """w and whether the last one was right, (B, T, ORDERS) each, one token after the other."""
+    words = torch.full((*tokens.shape, ORDERS), NONE)
+    right = torch.zeros(words.shape, dtype=torch.bool)
+    for b, row in enumerate(tokens.tolist()):
+        tables = [{} for _ in range(ORDERS)]
+        for t, token in enumerate(row):
+            for n in range(1, ORDERS + 1):
+                table = tables[n - 1]
+                if t >= n:
+                    place = slot_and_tag(row[t - n : t], entries)
+                    right[b, t, n - 1] = words[b, t - 1, n - 1] == token
+                    table[place[0]] = (place[1], token)
+                if t + 1 >= n:
+                    slot, tag = slot_and_tag(row[t + 1 - n : t + 1], entries)
+                    if table.get(slot, (None,))[0] == tag:
+                        words[b, t, n - 1] = table[slot][1]
+    return words, right
+
+
+def slot_and_tag(place: list[int], entries: int) -> tuple[int, int]:
+    """As MurmurHash3 finishes: in Python's integers, cut to 64 bits by hand."""
+    mask = 2**64 - 1
+    value = 0
+    for token in reversed(place):
+        value = (value + token + 1) * 0x9E3779B97F4A7C15 & mask
+    high = value >> 32
+    if value >> 63:  # PyTorch shifts the sign in
+        high |= 0xFFFFFFFF << 32
+    value = (value ^ high) * 0xFF51AFD7ED558CCD & mask
+    return (value >> 32 & 2**31 - 1) % entries, value >> 16 & 2**14 - 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("entries", [1, 7, 64, 4097])
+@pytest.mark.parametrize("vocab", [2, 50])
+def test_tables_are_what_dictionaries_hold_however_the_text_is_cut(vocab, entries, device):
+    T = 150
+    tokens = torch.randint(vocab, (3, T), generator=torch.Generator().manual_seed(entries))
+    want = by_hand(tokens, entries)
+    assert (want[0] != NONE).any()
+    for sizes in ([T], [1] * T, [7, 1, 33, T - 41]):
+        state, got = initial_tables(3, entries, device), []
+        for piece in tokens.to(device).split(sizes, dim=1):
+            words, right, state = recall(piece, state)
+            got.append((words.cpu(), right.cpu()))
+        for one, other in zip(zip(*got, strict=True), want, strict=True):
+            assert torch.equal(torch.cat(one, dim=1), other)
+
+
+def test_a_phrase_is_recalled_after_one_two_and_three_of_its_tokens():
+    phrase = [11, 5, 7, 3, 2]
+    tokens = torch.tensor([[*phrase, 20, 21, *phrase]])
+    words, right, _ = recall(tokens, initial_tables(1, 1000, None))
+    assert words[0, 7].tolist() == [5, NONE, NONE]  # after the first token of it, again
+    assert words[0, 8].tolist() == [7, 7, NONE]
+    assert words[0, 9].tolist() == [3, 3, 3]
+    assert right[0, 9].tolist() == [True, True, False]
+    assert right[0, 10].tolist() == [True, True, True]
+
+
+def test_what_followed_last_counts():
+    tokens = torch.tensor([[4, 1, 4, 2, 4]])
+    assert recall(tokens, initial_tables(1, 1000, None))[0][0, :, 0].tolist() == [NONE, NONE, 1, NONE, 2]
+
+
+def test_places_spread_over_the_table():
+    """All pairs of 100 tokens in a table of 997: a chi-squared of 996 degrees of freedom, within six standard deviations."""
+    first, second = torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij")
+    text = torch.stack((torch.full((10_000,), NONE), first.flatten(), second.flatten()), dim=1)
+    slots, tags, known = places(text, 997)  # (10000, 3, 1)
+    assert known[:, :2].all()
+    assert not known[:, 2].any()
+    assert (slots[:, 2] == 997).all()
+    counts = torch.bincount(slots[:, 1, 0], minlength=997).double()
+    expected = 10_000 / 997
+    chi_squared = ((counts - expected).square() / expected).sum().item()
+    assert abs(chi_squared - 996) < 6 * math.sqrt(2 * 996)
+    assert len(tags[:, 1, 0].unique()) > 7_000  # of 16,384, 10,000 drawn: 7,490 are expected
+
+
+def test_a_new_model_predicts_what_one_without_recall_does():
+    config = ModelConfig(**SMALL, fnn_layers=0, recall=50)
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    without = build_model(dataclasses.replace(config, recall=0)).eval()
+    without.load_state_dict(model.state_dict(), strict=False)
+    tokens = make_tokens(2, 40)
+    torch.testing.assert_close(
+        model(tokens)[0].log_softmax(-1), without(tokens)[0].log_softmax(-1), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["newllm-recall7", "newllm-recall-hops-mixture"])
+@torch.no_grad()
+def test_probabilities_sum_to_one_and_losses_are_theirs(name):
+    model, tokens = make_model(WALK[name]), make_tokens(2, 60)
+    features, _ = model.features(tokens[:, :-1])
+    logs = model.logits(features)
+    torch.testing.assert_close(logs.exp().sum(-1), torch.ones(2, 59, dtype=torch.float64))
+    want = -logs.gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(model.nll(features, tokens[:, 1:]), want)
+    pointed = features.words != NONE
+    assert pointed.any()
+    # By the formula: what is pointed at has its share, the softmax the rest.
+    softmax = model.logits(features.x).softmax(-1)
+    at = softmax.gather(-1, features.words.clamp(min=0)[..., None])[..., 0]
+    got = logs.exp().gather(-1, features.words.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(got[pointed], ((1 - features.shares) * at + features.shares)[pointed])
+
+
+def test_in_training_features_point_at_nothing():
+    model = make_model(WALK["newllm-recall7"]).train()
+    assert isinstance(model.features(make_tokens(2, 9))[0], torch.Tensor)
+
+
+def test_calibrated_shares_are_the_likeliest():
+    model = make_model(WALK["newllm-recall1000"])
+    tokens = make_tokens(1, 3000)[0].numpy()
+    tokens[1500:2200] = tokens[400:1100]  # something to recall
+    score = calibrate(model, tokens)
+    assert evaluate(model, tokens).loss == pytest.approx(score.loss, rel=1e-9)
+    best = model.recall.shares.clone()
+    assert (best > 0.01).sum() >= 3
+    for index in range(len(best)):
+        for step in (-0.02, 0.02):
+            other = (best[index] + step).clamp(0, 0.999)
+            if other != best[index]:
+                model.recall.shares[index] = other
+                assert evaluate(model, tokens).loss >= score.loss - 1e-12
+                model.recall.shares[index] = best[index]
+
+
+def test_calibration_of_a_text_that_repeats_nothing_is_no_recall():
+    model = make_model(dataclasses.replace(WALK["newllm-recall1000"], vocab_size=300))
+    tokens = torch.randperm(300, generator=torch.Generator().manual_seed(0)).numpy()
+    before = model.recall.shares.clone()
+    score = calibrate(model, tokens)
+    model.recall.shares.copy_(before)
+    assert token_losses(model, tokens).mean() == pytest.approx(score.loss, rel=1e-6)  # nothing to share
+
+
+def test_a_model_learns_to_copy_what_no_context_can_hold():
+    """Texts of 24 random tokens, twice: the second time every token is known, but for the first two places."""
+    torch.manual_seed(0)
+    T, losses = 24, {}
+    for entries in (0, 1000):
+        config = ModelConfig(
+            vocab_size=200, embed_dim=32, context_dim=16, num_layers=1, ffn_dim=32, fnn_layers=0, recall=entries
+        )
+        model = build_model(config)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(120):
+            once = torch.randint(200, (16, T))
+            text = torch.cat((once, once), dim=1)
+            nll = model.nll(model.features(text[:, :-1])[0], text[:, 1:])
+            optimizer.zero_grad()
+            nll.mean().backward()
+            optimizer.step()
+        losses[entries] = nll[:, T + 2 :].mean().item()
+    assert losses[0] > 0.9 * math.log(200)
+    assert losses[1000] < 0.3 * math.log(200)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recall": -1}, "ModelConfig.recall is -1, wanted an integer of at least 0"),
+        ({"recall": 5, "architecture": "transformer"}, 'wanted 0 with architecture="transformer"'),
+        ({"recall": 5, "architecture": "classic", "coupling": "full"}, 'wanted 0 with architecture="classic"'),
+        ({"recall": 5, "vocab_size": 2**17 + 1}, "which is above 131072"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**settings)
+
+
+def test_vocabulary_of_the_largest_size_keeps_its_last_token():
+    last = 2**17 - 1
+    tokens = torch.tensor([[last, last, last, 3, last, last, last]])
+    words = recall(tokens, initial_tables(1, 100, None))[0]
+    assert words[0, 1].tolist() == [last, NONE, NONE]
+    assert words[0, 6].tolist() == [last, last, 3]
