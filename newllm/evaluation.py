@@ -16,11 +16,11 @@ from newllm.data import evaluation_segments
 from newllm.errors import UserError
 from newllm.generation import evaluating
 from newllm.model import LanguageModel
-from newllm.model.common import NONE
 from newllm.tokenizer import Tokenizer
 
 SEGMENT = 512  # tokens per forward pass; the context is carried over, so the result does not depend on it
 GPU_SEGMENTS = 8  # as many at once where a GPU would wait for the host
+ROUNDS = 200  # of expectation maximisation
 
 
 @dataclass(frozen=True)
@@ -69,39 +69,45 @@ def token_losses(
         return torch.cat(losses).cpu().numpy()
 
 
-def calibrate(model: LanguageModel, tokens: np.ndarray, *, limit: int | None = None) -> Score:
+def calibrate(
+    model: LanguageModel, tokens: np.ndarray, *, limit: int | None = None, progress: str | None = None
+) -> Score:
     """Set the shares of a model with `recall` (newllm/model/recall.py) so that `tokens` are likeliest, and score them as `evaluate` does.
 
-    The likelihood is concave in each of the six shares by itself: its slope, sum of (hit - p) / ((1 - s) p + s hit) over the tokens of a
-    group, is searched for its zero.
+    The likelihood is concave in the shares; expectation maximisation climbs it: each round, a share becomes the mean over its tokens of what
+    it is of their probability.
     """
     tokens = tokens[: None if limit is None else limit + 1]
     check_tokens(model, tokens)
     device = next(model.parameters()).device
     segment = SEGMENT * (GPU_SEGMENTS if device.type == "cuda" else 1)
-    state, seen = None, []
-    with torch.inference_mode(), evaluating(model.modules()):
+    state, seen, groups = None, [], []
+    with torch.inference_mode(), evaluating(model.modules()), progress_bar(tokens.size - 1, progress) as bar:
         for inputs, targets in evaluation_segments(tokens, segment):
             features, state = model.features(inputs.to(device), state)
             targets = targets.to(device)
-            nll = model.nll(features.x, targets)
-            group = torch.where(features.words == NONE, -1, features.groups)
-            seen.append(torch.stack((nll.double(), features.words == targets, group))[:, 0].cpu())
-    nll, hit, group = torch.cat(seen, dim=1)  # (n - 1,) each, float64
-    p = (-nll).exp()
-    mixed = p.clone()
-    for index in range(model.recall.shares.numel()):
-        own = group == index
-        low, high = 0.0, 1 - 1e-6
-        for _ in range(40):
-            share = (low + high) / 2
-            slope = ((hit[own] - p[own]) / ((1 - share) * p[own] + share * hit[own])).sum()
-            low, high = (share, high) if slope > 0 else (low, share)
-        model.recall.shares[index] = low
-        mixed[own] = (1 - low) * p[own] + low * hit[own]
-    # A word so unlikely that p is 0 in float64 was not recalled either.
-    loss = torch.where(mixed > 0, -mixed.log(), nll).mean().item()
-    return Score(loss, nll.numel())
+            softmax = (-model.nll(features.x, targets).double()).exp()
+            seen.append(torch.stack((softmax, *(part.double() for part in features.parts(targets))))[:, 0])  # (3, T)
+            groups.append(features.groups[0])
+            bar.update(inputs.shape[1])
+    likely, group = torch.cat(seen, dim=1), torch.cat(groups)
+    # Of a token that nothing expects: as little as float64 can hold.
+    likely[0].clamp_(min=torch.finfo(torch.float64).tiny)
+    shares, mixed = model.recall.shares, likely[0].clone()
+    shares.zero_()
+    for index in range(shares.shape[0]):
+        own = likely[:, group == index]
+        if own.shape[1] == 0:
+            continue
+        share = torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64, device=own.device)
+        for _ in range(ROUNDS):
+            parts = share[:, None] * own
+            share = (parts / parts.sum(0)).mean(1)
+        share[0].clamp_(min=1e-6)  # a word that is neither recalled nor recent can always come
+        share /= share.sum()
+        shares[index] = share[1:]
+        mixed[group == index] = (share[:, None] * own).sum(0)
+    return Score(-mixed.log().mean().item(), mixed.numel())
 
 
 def bits_per_byte(loss: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:

@@ -169,6 +169,7 @@ def build_parser() -> Parser:
     _fixpoint_options(add("fixpoint", "train contexts to come to rest, as a start for train --init", FIXPOINT_TEXT))
     _prepare_options(add("prepare", "tokenise a text once for many runs", PREPARE_TEXT))
     _eval_options(add("eval", "perplexity of a trained model", EVAL_TEXT))
+    _calibrate_options(add("calibrate", "give a trained run recall, without training it", CALIBRATE_TEXT))
     _generate_options(add("generate", "write text with a trained model", GENERATE_TEXT))
     _judge_options(add("judge", "measure what models write, beside human text", JUDGE_TEXT))
     _diagnose_options(add("diagnose", "what the contexts of a trained model do", DIAGNOSE_TEXT))
@@ -186,6 +187,11 @@ PREPARE_TEXT = (
 )
 EVAL_TEXT = (
     "Perplexity of a run's best checkpoint, beside that of word counts alone (the unigram model of its training text)."
+)
+CALIBRATE_TEXT = (
+    "Give a trained New-LLM tables of recall: what followed the last 1, 2 and 3 tokens, and which words are recent. Their shares of a "
+    "prediction are set so that the run's validation text is likeliest; nothing else is trained. Writes the model as a new run. Of a run "
+    "that was trained with recall the shares are set anew."
 )
 DIAGNOSE_TEXT = (
     "Of every cell with coupling full, along a text: largest Lyapunov exponent, how long another start is remembered, passes that "
@@ -317,6 +323,20 @@ def _diagnose_options(parser: Parser) -> None:
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text (default: 1024)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _thread_option(parser)
+
+
+def _calibrate_options(parser: Parser) -> None:
+    parser.add_argument(
+        "of", nargs="?", default="latest", metavar="RUN", help="name or path of a run (default: latest)"
+    )
+    parser.add_argument(
+        "--recall", type=int, metavar="N", help="entries of each table (default: as the run was trained, else 16384)"
+    )
+    parser.add_argument(
+        "--run", metavar="NAME", help="name of the new run under ./runs or $NEWLLM_RUNS (default: RUN-recall)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="its path, instead of a name")
+    _run_options(parser)
 
 
 def _eval_options(parser: Parser) -> None:

@@ -7,7 +7,7 @@ so that it can be detached, indexed by row, or saved as safetensors. `None` stan
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +16,14 @@ from torch.nn import functional as F
 from newllm.config import ModelConfig
 from newllm.cross_entropy import linear_cross_entropy
 
+if TYPE_CHECKING:
+    from newllm.model.recall import Pointed
+
 State = dict[str, Tensor]
 
 NONE = -1  # in place of a token: there is none
 
 ACTIVATION = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
-
-
-class Pointed(NamedTuple):
-    """Features x (B, T, F), and beside the softmax that they give a word (B, T) int64, NONE for none, with its share of the prediction
-    (B, T): p = (1 - share) softmax + share [word]. `groups` (B, T) int64 says where the share comes from."""
-
-    x: Tensor
-    words: Tensor
-    shares: Tensor
-    groups: Tensor
-
-    def mixed(self, nll: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood (B, T) by the softmax -> by both."""
-        shares = self.shares.to(nll.dtype).masked_fill(self.words == NONE, 0.0)
-        rest = torch.log1p(-shares) - nll
-        return -torch.where(self.words == targets, torch.logaddexp(rest, shares.log()), rest)
-
-    def mixed_logits(self, logits: Tensor) -> Tensor:
-        """Logits (B, T, V) of the softmax -> logarithms of probabilities by both."""
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        shares = self.shares.to(wide).masked_fill(self.words == NONE, 0.0)[..., None]
-        logs = logits.to(wide).log_softmax(-1) + torch.log1p(-shares)
-        at = self.words.clamp(min=0)[..., None]
-        return logs.scatter(-1, at, torch.logaddexp(logs.gather(-1, at), shares.log()))
 
 
 class LanguageModel(nn.Module):
@@ -78,7 +57,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor | Pointed) -> Tensor:
         """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities."""
-        if isinstance(x, Pointed):
+        if not isinstance(x, Tensor):
             return x.mixed_logits(self.logits(x.x))
         if self.mixture is None:
             return self.head(self.output_dropout(x))
@@ -91,7 +70,7 @@ class LanguageModel(nn.Module):
 
         advice: further words (B, T, K) int64, each once at its place, and what they share of the target (B, T, K); not of a mixture.
         """
-        if isinstance(x, Pointed):
+        if not isinstance(x, Tensor):
             if advice is not None:
                 raise ValueError("advice: features that point at a word take none")
             return x.mixed(self.nll(x.x, targets), targets)

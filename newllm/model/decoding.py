@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.model.classic import Classic
-from newllm.model.common import LanguageModel, Pointed, State
+from newllm.model.common import LanguageModel, State
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
 from newllm.model.transformer import Transformer
@@ -99,14 +99,12 @@ class ProgramDecoder:
         if self.model is None:
             self.program.run()
             return
-        recall = self.model.recall
-        x, words, groups, tables = recall(self.tokens[:, None], self.model.embedding, self.tables)
+        x, pointed, tables = self.model.recall(self.tokens[:, None], self.model.embedding, self.tables)
         self.embedded.copy_(x[:, 0])
+        self.program.run()
+        self.logits.copy_(pointed.mixed_logits(self.logits[:, None])[:, 0])
         for key, table in self.tables.items():
             table.copy_(tables[key])
-        self.program.run()
-        pointed = Pointed(x, words, recall.shares[groups], groups)
-        self.logits.copy_(pointed.mixed_logits(self.logits[:, None])[:, 0])
 
 
 def _norm_of(norm: LayerNorm) -> dict[str, object]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
-from newllm.model.common import Dropout, Embedding, LanguageModel, Pointed, State, SwiGLU, init_linear, input_dropout
+from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
 from newllm.model.mixer import ContextMixer
-from newllm.model.recall import Recall, initial_tables
+from newllm.model.recall import Pointed, Recall, initial_tables
 from newllm_kernels import LayerNorm
 
 
@@ -38,8 +38,8 @@ class Block(nn.Module):
 
 
 class NewLLM(LanguageModel):
-    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"; with recall `recall.entries` (B, 3, S) int32
-    and `recall.tokens` (B, 3) int64."""
+    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"; with recall `recall.entries` (B, 3, S) int32,
+    `recall.tokens` (B, 3) int64 and `recall.recent` (B, V) float32."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -71,24 +71,24 @@ class NewLLM(LanguageModel):
         cells = (block.mixer.cell for block in self.blocks)
         state = {key: cell.initial_state(batch_size, device) for key, cell in zip(self._keys(), cells, strict=True)}
         if self.recall is not None:
-            # Without a device contexts lie where the weights do.
-            state |= initial_tables(batch_size, self.config.recall, device or self.embedding.weight.device)
+            first = next(iter(state.values()))  # a context: where and how exact they are
+            state |= initial_tables(batch_size, self.config, first.device, first.dtype)
         return state
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor | Pointed, State]:
         """tokens (B, T) int64 -> features (B, T, E), state after the last token. With recall, where it is not trained, they point at words."""
-        tables = [] if self.recall is None else list(initial_tables(0, 0, "meta"))
+        tables = [] if self.recall is None else list(initial_tables(0, self.config, "meta"))
         self.check_inputs(tokens, state, [*self._keys(), *tables])
         if state is None:
             state = self.initial_state(tokens.shape[0])
         if self.recall is None:
             x, new_state = self.embedding(tokens), {}  # (B, T, E)
         else:
-            x, words, groups, new_state = self.recall(tokens, self.embedding, state)
+            x, pointed, new_state = self.recall(tokens, self.embedding, state)
         x = self.dropout(x)
         for key, block in zip(self._keys(), self.blocks, strict=True):
             x, new_state[key] = block(x, state[key])
         x = self.final_norm(x)
         if self.recall is None or self.training:
             return x, new_state
-        return Pointed(x, words, self.recall.shares[groups], groups), new_state
+        return pointed._replace(x=x), new_state

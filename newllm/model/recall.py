@@ -1,20 +1,21 @@
-"""Recall: what followed the last time the text stood at such a place, looked up in tables of fixed size.
+"""Recall: what followed the last time the text stood at such a place, looked up in tables of fixed size, and which words are recent.
 
 For n = 1, 2, 3 a text has a table of S entries. After token x_t the place is the last n tokens; their hash names an entry:
 
-    w_t^n = the token that followed when the same n tokens were last seen, or none     read
-    entry(x_{t-n} ... x_{t-1}) := x_t                                                  written, before that
+    w_t^n = the token that followed when the same n tokens were last seen, or none         read
+    entry(x_{t-n} ... x_{t-1}) := x_t                                                      written, before that
+    c_t   = d c_{t-1} + onehot(x_t),   u_t = c_t / sum(c_t),   d = 2^(-1/100)              decayed counts of words
 
-    x_t   = E[x_t] + W [E[w_t^1] ; E[w_t^2] ; E[w_t^3]] + F[flags_t]                   what the first layer reads
-
-    p(x_{t+1}) = (1 - s) softmax(logits_t) + s [x_{t+1} = w_t^n]                           where a model is used, not where it is trained
+    x = E[x_t] + W [E[w_t^1] ; E[w_t^2] ; E[w_t^3]] + F[flags_t]                           what the first layer reads
+    p(x_{t+1}) = (1 - s - m) softmax(logits_t) + s [x_{t+1} = w_t^n] + m u_t[x_{t+1}]      where a model is used, not where it is trained
 
 flags_t are six bits: which w_t^n there are, and which of w_{t-1}^n turned out right, x_t = w_{t-1}^n. In the last line n is the largest
-that recalls anything, and s one of six numbers: by n, and by whether w_{t-1}^n was right. They are not trained but set so that the
-validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth time a model needs no recall, and what it
-learns there of when to believe it is too little for a new one. Both reading and writing cost the
-same at every token, and a table holds the latest S places or fewer: a place that hashes to an entry in use takes it over. An entry
-keeps 14 further bits of its place's hash, so that another place that reads it finds nothing, but for one in 16,384.
+that recalls anything; s and m are two of fourteen numbers, by n (or none) and by whether w_{t-1}^n was right. They are not trained but set so
+that the validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth time a model needs no recall, and what
+it learns there of when to believe it is too little for a new one.
+
+Reading and writing cost the same at every token. A table holds the latest S places or fewer: a place that hashes to an entry in use takes
+it over. An entry keeps 14 further bits of its place's hash, so that another place that reads it finds nothing, but for one in 16,384.
 
 Contexts are what a model makes of a text, and lose the letter of it; attention wins by looking up names and phrases that stand in its
 window (docs/model.md). After the match model of Mahoney's PAQ compressors ("Adaptive weighing of context models for lossless data
@@ -22,6 +23,8 @@ compression", 2005), whose prediction is an input here instead of a vote, and th
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +39,18 @@ TOKEN_BITS, TAG_BITS = 17, 14  # of an entry of 32 bits: the token that followed
 _MIX, _FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
 
 
-def initial_tables(batch_size: int, entries: int, device: torch.device | str | None) -> dict[str, Tensor]:
-    """The state of a text that has not begun: entries (B, ORDERS, S) int32 and the last ORDERS tokens (B, ORDERS) int64, the latest
-    last."""
+DECAY = 2 ** (-1 / 100)  # d, a token: words of 100 tokens ago count half
+CHUNK = 256  # tokens whose recent words are counted at once
+
+
+def initial_tables(
+    batch_size: int, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The state of a text that has not begun: entries (B, ORDERS, S) int32, the last ORDERS tokens (B, ORDERS) int64, the latest last, and
+    decayed counts (B, V)."""
+    entries = config.recall
     return {
+        "recall.recent": torch.zeros(batch_size, config.vocab_size, dtype=dtype, device=device),
         "recall.entries": torch.full((batch_size, ORDERS, entries), NONE, dtype=torch.int32, device=device),
         "recall.tokens": torch.full((batch_size, ORDERS), NONE, dtype=torch.int64, device=device),
     }
@@ -100,12 +111,81 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     T = tokens.shape[1]
     leaves = torch.where(after[..., :-1] >= T, slots[..., :-1], S)
     beyond = torch.cat((entries, entries[..., :1]), dim=-1).scatter(-1, leaves, written.int())
-    new = {"recall.entries": beyond[..., :S].contiguous(), "recall.tokens": text[:, -ORDERS:].contiguous()}
+    new = {
+        "recall.recent": count(tokens, state["recall.recent"]),
+        "recall.entries": beyond[..., :S].contiguous(),
+        "recall.tokens": text[:, -ORDERS:].contiguous(),
+    }
     return words[..., 1:].transpose(1, 2), right.transpose(1, 2), new
 
 
+def _ages(steps: int, like: Tensor) -> Tensor:
+    """What the token j counts after token i: d^(i - j) up to i, then 0. (T, T)"""
+    at = torch.arange(steps, device=like.device)
+    age = at[:, None] - at
+    return torch.where(age >= 0, DECAY ** age.clamp(min=0).to(like.dtype), 0.0)
+
+
+def count(tokens: Tensor, recent: Tensor) -> Tensor:
+    """Decayed counts (B, V) after tokens (B, T)."""
+    T = tokens.shape[1]
+    weights = DECAY ** torch.arange(T - 1, -1, -1, device=recent.device, dtype=recent.dtype)
+    return (recent * DECAY**T).scatter_add(1, tokens, weights.expand(tokens.shape))
+
+
+def recent_shares(tokens: Tensor, recent: Tensor, targets: Tensor | None = None) -> Tensor:
+    """u_t after each of tokens (B, T), from the counts before them: of targets (B, T) alone, or of all words (B, T, V)."""
+    pieces = []
+    for start in range(0, tokens.shape[1], CHUNK):
+        read = tokens[:, start : start + CHUNK]  # (B, L)
+        ages = _ages(read.shape[1], recent)
+        before = DECAY * ages[:, 0]  # what the counts before have left after each of them: (L,)
+        total = recent.sum(1, keepdim=True) * before + ages.sum(1)  # (B, L)
+        if targets is None:
+            at = read[:, None].expand(-1, read.shape[1], -1)  # (B, L, L)
+            counts = (recent[:, None] * before[:, None]).scatter_add(2, at, ages.expand(at.shape))
+            pieces.append(counts / total[..., None])
+        else:
+            wanted = targets[:, start : start + CHUNK]
+            counts = recent.gather(1, wanted) * before + ((wanted[..., None] == read[:, None]) * ages).sum(-1)
+            pieces.append(counts / total)
+        recent = count(read, recent)
+    return torch.cat(pieces, dim=1)
+
+
+class Pointed(NamedTuple):
+    """Features x (B, T, F), and what is beside the softmax that they give: the word recalled (B, T) int64, NONE for none, an index of the
+    shares (B, T), the shares of that word and of recent words (B, T, 2), the tokens read (B, T) and the counts (B, V) before them."""
+
+    x: Tensor
+    words: Tensor
+    groups: Tensor
+    shares: Tensor
+    tokens: Tensor
+    recent: Tensor
+
+    def parts(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of targets (B, T): whether they are what was recalled, and what they are of the recent words, u."""
+        return self.words == targets, recent_shares(self.tokens, self.recent, targets)
+
+    def mixed(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood (B, T) by the softmax -> by all of it."""
+        word, recent = self.shares.to(nll.dtype).unbind(-1)
+        hit, u = self.parts(targets)
+        rest = torch.log1p(-word - recent) - nll
+        return -torch.logaddexp(rest, (word * hit + recent * u.to(nll.dtype)).log())
+
+    def mixed_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, T, V) of the softmax -> logarithms of probabilities by all of it."""
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        word, recent = self.shares.to(wide)[..., None].unbind(-2)  # (B, T, 1) each
+        others = recent * recent_shares(self.tokens, self.recent).to(wide)
+        others = others.scatter_add(-1, self.words.clamp(min=0)[..., None], word)  # 0 where there is no word
+        return torch.logaddexp(logits.to(wide).log_softmax(-1) + torch.log1p(-word - recent), others.log())
+
+
 class Recall(nn.Module):
-    """What recalled words add to the embedded tokens, and their shares of what is predicted. See the formulas at the top of this file."""
+    """What recalled words add to the embedded tokens, and what they are of a prediction. See the formulas at the top of this file."""
 
     shares: Tensor
 
@@ -113,16 +193,17 @@ class Recall(nn.Module):
         super().__init__()
         self.out = nn.Linear(ORDERS * config.embed_dim, config.embed_dim, bias=False)
         self.flags = nn.Embedding(4**ORDERS, config.embed_dim)
-        self.register_buffer("shares", torch.zeros(2 * ORDERS))
+        # s and m, where no word is recalled (s is 0), then of n = 1, 2, 3, whose last word was wrong or right.
+        self.register_buffer("shares", torch.zeros(1 + 2 * ORDERS, 2))
         nn.init.zeros_(self.out.weight)  # a model begins as one without
         nn.init.zeros_(self.flags.weight)
 
     def forward(
         self, tokens: Tensor, embedding: Embedding, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """tokens (B, T) -> embedded tokens with what is recalled (B, T, E), the word of the longest place (B, T), NONE where there is none,
-        its group (B, T), an index of shares, and the new state."""
-        words, right, state = recall(tokens, state)
+    ) -> tuple[Tensor, Pointed, dict[str, Tensor]]:
+        """tokens (B, T) -> embedded tokens with what is recalled (B, T, E); what goes beside the features that become of them, with those
+        in their place; the new state."""
+        words, right, new = recall(tokens, state)
         found = words != NONE
         # Together with the tokens: one mask of dropped words for both.
         embedded = embedding(torch.cat((tokens[..., None], words.clamp(min=0)), dim=-1))  # (B, T, 1 + ORDERS, E)
@@ -130,6 +211,8 @@ class Recall(nn.Module):
         bits = 2 ** torch.arange(2 * ORDERS, device=tokens.device)
         flags = (torch.cat((found, right), dim=-1) * bits).sum(-1)
         x = embedded[..., 0, :] + self.out(recalled.flatten(-2)) + self.flags(flags)
-        longest = (found * torch.arange(1, ORDERS + 1, device=tokens.device)).amax(-1, keepdim=True).sub(1).clamp(min=0)
-        word, was_right = words.gather(-1, longest)[..., 0], right.gather(-1, longest)[..., 0]
-        return x, word, 2 * longest[..., 0] + was_right, state
+        longest = (found * torch.arange(1, ORDERS + 1, device=tokens.device)).amax(-1)  # n, or 0
+        at = longest.sub(1).clamp(min=0)[..., None]
+        word, was_right = words.gather(-1, at)[..., 0], right.gather(-1, at)[..., 0]
+        groups = torch.where(longest > 0, 2 * longest - 1 + was_right, 0)
+        return x, Pointed(x, word, groups, self.shares[groups], tokens, state["recall.recent"]), new

@@ -7,12 +7,16 @@ import math
 
 import pytest
 import torch
-from configs import SMALL, WALK, make_model, make_tokens
+from configs import SMALL, VOCAB, WALK, make_model, make_tokens
 
 from newllm.config import ModelConfig
 from newllm.evaluation import calibrate, evaluate, token_losses
 from newllm.model import build_model
-from newllm.model.recall import NONE, ORDERS, initial_tables, places, recall
+from newllm.model.recall import DECAY, NONE, ORDERS, count, initial_tables, places, recall, recent_shares
+
+
+def tables(batch_size: int, entries: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    return initial_tables(batch_size, ModelConfig(vocab_size=2**17, recall=entries), device)
 
 
 def by_hand(tokens: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +61,7 @@ def test_tables_are_what_dictionaries_hold_however_the_text_is_cut(vocab, entrie
     want = by_hand(tokens, entries)
     assert (want[0] != NONE).any()
     for sizes in ([T], [1] * T, [7, 1, 33, T - 41]):
-        state, got = initial_tables(3, entries, device), []
+        state, got = tables(3, entries, device), []
         for piece in tokens.to(device).split(sizes, dim=1):
             words, right, state = recall(piece, state)
             got.append((words.cpu(), right.cpu()))
@@ -68,7 +72,7 @@ def test_tables_are_what_dictionaries_hold_however_the_text_is_cut(vocab, entrie
 def test_a_phrase_is_recalled_after_one_two_and_three_of_its_tokens():
     phrase = [11, 5, 7, 3, 2]
     tokens = torch.tensor([[*phrase, 20, 21, *phrase]])
-    words, right, _ = recall(tokens, initial_tables(1, 1000, None))
+    words, right, _ = recall(tokens, tables(1, 1000))
     assert words[0, 7].tolist() == [5, NONE, NONE]  # after the first token of it, again
     assert words[0, 8].tolist() == [7, 7, NONE]
     assert words[0, 9].tolist() == [3, 3, 3]
@@ -78,7 +82,7 @@ def test_a_phrase_is_recalled_after_one_two_and_three_of_its_tokens():
 
 def test_what_followed_last_counts():
     tokens = torch.tensor([[4, 1, 4, 2, 4]])
-    assert recall(tokens, initial_tables(1, 1000, None))[0][0, :, 0].tolist() == [NONE, NONE, 1, NONE, 2]
+    assert recall(tokens, tables(1, 1000))[0][0, :, 0].tolist() == [NONE, NONE, 1, NONE, 2]
 
 
 def test_places_spread_over_the_table():
@@ -111,19 +115,44 @@ def test_a_new_model_predicts_what_one_without_recall_does():
 @pytest.mark.parametrize("name", ["newllm-recall7", "newllm-recall-hops-mixture"])
 @torch.no_grad()
 def test_probabilities_sum_to_one_and_losses_are_theirs(name):
-    model, tokens = make_model(WALK[name]), make_tokens(2, 60)
+    model, tokens = make_model(WALK[name]), make_tokens(2, 60) % 3  # so that places come again
     features, _ = model.features(tokens[:, :-1])
     logs = model.logits(features)
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(2, 59, dtype=torch.float64))
     want = -logs.gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(model.nll(features, tokens[:, 1:]), want)
-    pointed = features.words != NONE
-    assert pointed.any()
-    # By the formula: what is pointed at has its share, the softmax the rest.
+    # By the formula.
+    words, right, _ = recall(tokens[:, :-1], model.initial_state(2))
+    counts = torch.zeros(2, VOCAB, dtype=torch.float64)
     softmax = model.logits(features.x).softmax(-1)
-    at = softmax.gather(-1, features.words.clamp(min=0)[..., None])[..., 0]
-    got = logs.exp().gather(-1, features.words.clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(got[pointed], ((1 - features.shares) * at + features.shares)[pointed])
+    seen = set()
+    for t in range(59):
+        counts = DECAY * counts + torch.nn.functional.one_hot(tokens[:, t], VOCAB)
+        for row in range(2):
+            n = max((n for n in range(1, ORDERS + 1) if words[row, t, n - 1] != NONE), default=0)
+            index = 0 if n == 0 else 2 * n - 1 + int(right[row, t, n - 1])
+            word, recent = model.recall.shares[index]
+            p = (1 - word - recent) * softmax[row, t] + recent * counts[row] / counts[row].sum()
+            if n:
+                p[words[row, t, n - 1]] += word
+            torch.testing.assert_close(logs[row, t].exp(), p)
+            seen.add(index)
+    assert len(seen) >= 4
+
+
+@pytest.mark.parametrize("T", [1, 7, 255, 256, 257, 1000])
+def test_recent_words_are_counted_as_they_come(T):
+    generator = torch.Generator().manual_seed(T)
+    tokens, targets = torch.randint(11, (2, 3, T), generator=generator)
+    counts = torch.rand(3, 11, dtype=torch.float64, generator=generator)
+    shares, everywhere = recent_shares(tokens, counts, targets), recent_shares(tokens, counts)
+    end = count(tokens, counts)
+    for t in range(T):
+        counts = DECAY * counts + torch.nn.functional.one_hot(tokens[:, t], 11)
+        want = counts / counts.sum(1, keepdim=True)
+        torch.testing.assert_close(everywhere[:, t], want)
+        torch.testing.assert_close(shares[:, t], want.gather(1, targets[:, t, None])[:, 0])
+    torch.testing.assert_close(end, counts)
 
 
 def test_in_training_features_point_at_nothing():
@@ -135,26 +164,30 @@ def test_calibrated_shares_are_the_likeliest():
     model = make_model(WALK["newllm-recall1000"])
     tokens = make_tokens(1, 3000)[0].numpy()
     tokens[1500:2200] = tokens[400:1100]  # something to recall
+    tokens[2500:] = tokens[2500:] % 5  # and words that come again
     score = calibrate(model, tokens)
-    assert evaluate(model, tokens).loss == pytest.approx(score.loss, rel=1e-9)
+    assert evaluate(model, tokens).loss == pytest.approx(score.loss, rel=1e-6)
     best = model.recall.shares.clone()
-    assert (best > 0.01).sum() >= 3
-    for index in range(len(best)):
+    assert best[0, 0] == 0  # where no word is recalled it gets nothing
+    assert (best > 0.01).sum() >= 4
+    for index in range(best.numel()):
         for step in (-0.02, 0.02):
-            other = (best[index] + step).clamp(0, 0.999)
-            if other != best[index]:
-                model.recall.shares[index] = other
-                assert evaluate(model, tokens).loss >= score.loss - 1e-12
-                model.recall.shares[index] = best[index]
+            other = best.clone()
+            other.view(-1)[index] = (best.view(-1)[index] + step).clamp(min=0)
+            if index and other.sum(1).max() < 1:
+                model.recall.shares.copy_(other)
+                assert evaluate(model, tokens).loss >= score.loss - 1e-7
+    model.recall.shares.copy_(best)
 
 
-def test_calibration_of_a_text_that_repeats_nothing_is_no_recall():
+def test_calibration_of_a_text_that_repeats_nothing_leaves_the_softmax():
     model = make_model(dataclasses.replace(WALK["newllm-recall1000"], vocab_size=300))
     tokens = torch.randperm(300, generator=torch.Generator().manual_seed(0)).numpy()
-    before = model.recall.shares.clone()
     score = calibrate(model, tokens)
-    model.recall.shares.copy_(before)
-    assert token_losses(model, tokens).mean() == pytest.approx(score.loss, rel=1e-6)  # nothing to share
+    assert model.recall.shares.max() < 1e-3
+    without = model.nll(model.features(torch.from_numpy(tokens)[None, :-1])[0].x, torch.from_numpy(tokens)[None, 1:])
+    assert without.mean().item() == pytest.approx(score.loss, rel=1e-3)
+    assert token_losses(model, tokens).mean() == pytest.approx(score.loss, rel=1e-6)
 
 
 def test_a_model_learns_to_copy_what_no_context_can_hold():
@@ -196,6 +229,6 @@ def test_settings_that_make_no_sense(settings, message):
 def test_vocabulary_of_the_largest_size_keeps_its_last_token():
     last = 2**17 - 1
     tokens = torch.tensor([[last, last, last, 3, last, last, last]])
-    words = recall(tokens, initial_tables(1, 100, None))[0]
+    words = recall(tokens, tables(1, 100))[0]
     assert words[0, 1].tolist() == [last, NONE, NONE]
     assert words[0, 6].tolist() == [last, last, 3]
