@@ -87,11 +87,9 @@ class ModelConfig:
             self._require(fits, name, "a number in [0, 1)")
         for name in ("locked_dropout", "tie_embeddings"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
-        if self.recall:
-            self._require(self.architecture == "newllm", "recall", f'0 with architecture="{self.architecture}"')
-            self._require(
-                self.vocab_size <= 2**17, "recall", f"0 with vocab_size={self.vocab_size}, which is above 131072"
-            )
+        self._require(
+            self.recall == 0 or self.architecture == "newllm", "recall", f'0 with architecture="{self.architecture}"'
+        )
         if self.architecture == "transformer":
             even_heads = self.embed_dim % (2 * self.num_heads) == 0  # RoPE turns pairs of features
             self._require(even_heads, "num_heads", f"heads of an even width that divide embed_dim={self.embed_dim}")

@@ -9,6 +9,10 @@ r is the root mean square of the gradient over segments of the training text: we
 gradient, and come back faster. mean(r) and rms(r) are over a weight's tensor. R is the root mean square of |g|, the length of
 the gradient of all weights together. Nothing is dropped out.
 
+Where the model has recall (newllm/model/recall.py), the shares of recalled and of recent words go on learning too, by expectation
+maximisation as it comes: of every group of tokens, counts of what they owe to the softmax, to recall and to recent words, which begin as
+the calibrated shares of PRIOR tokens. Weights that learn what has been read leave less to recall than those that were calibrated.
+
 Source: Krause, Kahembwe, Murray and Renals, "Dynamic evaluation of neural sequence models" (2018), equations 8 to 10, with two
 changes. rms(r) stands in place of a constant epsilon, so that the scale of the loss does not matter. And gradients are cut to
 the length they had in training: of 33,278 words 500 segments hold a few thousand, r of the others is next to nothing, and
@@ -29,9 +33,11 @@ from newllm.errors import UserError
 from newllm.evaluation import check_tokens, progress_bar
 from newllm.graphs import Graphs
 from newllm.model import LanguageModel, State
+from newllm.model.recall import Pointed
 from newllm.weights import copy_all, in_dtype
 
 STATISTICS = 500  # segments of training text that gradients are measured on
+PRIOR = 200.0  # tokens of each group that the calibrated shares count as
 
 
 def dynamic_losses(
@@ -76,6 +82,9 @@ class _Reader:
         self.rms = [torch.zeros_like(p) for p in self.trained]  # r
         self.device = self.trained[0].device
         self.offset = torch.zeros((), dtype=torch.int64, device=self.device)
+        recall = getattr(self.computing, "recall", None)
+        self.shares = None if recall is None else recall.shares  # of recalled and of recent words, per group
+        self.owed = None  # per group: tokens that the softmax, recall and recent words account for
 
     def _open(self, tokens: np.ndarray) -> None:
         self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
@@ -96,6 +105,9 @@ class _Reader:
 
     def score(self, tokens: np.ndarray, segment: int, lr: float, decay: float, progress: str | None) -> np.ndarray:
         self._open(tokens)
+        if self.shares is not None:
+            shares = self.shares.double()
+            self.owed = PRIOR * torch.cat((1 - shares.sum(1, keepdim=True), shares), dim=1)
         rates = [_rates(r, lr, decay) for r in self.rms]
         steps, returns = [step for step, _ in rates], [back for _, back in rates]
         with self.graphs.stream(), progress_bar(tokens.size - 1, progress) as bar:
@@ -114,7 +126,13 @@ class _Reader:
         place = self.offset + torch.arange(length, device=self.device)
         inputs, targets = self.tokens[place][None], self.tokens[place + 1][None]  # (1, T) each
         x, state = self.computing.features(inputs, self.state)
-        nll = self.computing.nll(x, targets)[0]
+        if isinstance(x, Pointed):
+            softmax = self.computing.nll(x.x, targets)
+            nll = x.mixed(softmax, targets)[0]
+            if self.owed is not None:
+                self._learn_shares(x, softmax, targets)
+        else:
+            nll = self.computing.nll(x, targets)[0]
         gradients = torch.autograd.grad(nll.mean(), self.parameters, allow_unused=True)
         for kept, gradient in zip(self.gradients, gradients, strict=True):
             kept.zero_() if gradient is None else kept.copy_(gradient)  # a start context in the middle of a text
@@ -127,6 +145,16 @@ class _Reader:
             self.state = {name: torch.empty_like(value) for name, value in state.items()}
         for name, value in state.items():
             self.state[name].copy_(value)
+
+    @torch.no_grad()
+    def _learn_shares(self, x: Pointed, softmax: Tensor, targets: Tensor) -> None:
+        """After a segment: what its tokens owe to whom, by the shares they were scored with; x has those already."""
+        hit, recent = x.parts(targets)
+        word, common = x.shares.double().unbind(-1)
+        parts = torch.stack(((1 - word - common) * (-softmax.double()).exp(), word * hit, common * recent), dim=-1)[0]
+        parts /= parts.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        self.owed.index_add_(0, x.groups[0], parts)
+        self.shares.copy_(self.owed[:, 1:] / self.owed.sum(1, keepdim=True))
 
     @torch.no_grad()
     def _add_squares(self) -> None:

@@ -27,6 +27,8 @@ def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) ->
         given.setdefault("coupling", "hops")
     elif given.get("coupling", "hops") != "hops":
         given["hops"] = 1  # whatever the preset has
+    if given.get("architecture", "newllm") != "newllm":
+        given.setdefault("recall", 0)  # likewise
     with arguments_are_the_users():
         return dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
 

@@ -33,7 +33,8 @@ from newllm.config import ModelConfig
 from newllm.model.common import NONE, Embedding
 
 ORDERS = 3  # n from 1 to this many tokens
-TOKEN_BITS, TAG_BITS = 17, 14  # of an entry of 32 bits: the token that followed, and a piece of its place's hash
+# Of an entry: the token that followed, and a piece of its place's hash. Vocabularies beyond 2^17 take entries of 64 bits.
+TOKEN_BITS, TAG_BITS = {torch.int32: 17, torch.int64: 48}, 14
 
 # Odd multipliers of 64 bits (from the golden ratio, and of MurmurHash3's finaliser), as the signed integers that PyTorch has.
 _MIX, _FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
@@ -46,12 +47,12 @@ CHUNK = 256  # tokens whose recent words are counted at once
 def initial_tables(
     batch_size: int, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The state of a text that has not begun: entries (B, ORDERS, S) int32, the last ORDERS tokens (B, ORDERS) int64, the latest last, and
+    """The state of a text that has not begun: entries (B, ORDERS, S) int32 or int64, the last ORDERS tokens (B, ORDERS) int64, the latest last, and
     decayed counts (B, V)."""
-    entries = config.recall
+    entry = torch.int32 if config.vocab_size <= 2 ** TOKEN_BITS[torch.int32] else torch.int64
     return {
         "recall.recent": torch.zeros(batch_size, config.vocab_size, dtype=dtype, device=device),
-        "recall.entries": torch.full((batch_size, ORDERS, entries), NONE, dtype=torch.int32, device=device),
+        "recall.entries": torch.full((batch_size, ORDERS, config.recall), NONE, dtype=entry, device=device),
         "recall.tokens": torch.full((batch_size, ORDERS), NONE, dtype=torch.int64, device=device),
     }
 
@@ -94,23 +95,23 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     shape; and the new state.
     """
     entries, last = state["recall.entries"], state["recall.tokens"]
-    S = entries.shape[2]
+    S, bits = entries.shape[2], TOKEN_BITS[entries.dtype]
     text = torch.cat((last, tokens), dim=1)  # (B, ORDERS + T)
     slots, tags, known = places(text, S)  # (B, ORDERS, 1 + T): the first is the place that the last text ended at
     follows = text[:, None, ORDERS:]  # (B, 1, T) of all places but the last
-    written = (tags[..., :-1] << TOKEN_BITS) | follows
+    written = (tags[..., :-1] << bits) | follows
     before, after = neighbours(slots)
     # Of the places that have an entry, each reads what the one before wrote, the first what the table had.
     had = torch.cat((entries, entries[..., :1]), dim=-1).gather(-1, slots).long()
     wrote = torch.cat((written, written[..., :1]), dim=-1).gather(-1, before.clamp(min=0))
     read = torch.where(before >= 0, wrote, had)
-    found = known & (read >= 0) & (read >> TOKEN_BITS == tags)
-    words = torch.where(found, read & (2**TOKEN_BITS - 1), NONE)  # (B, ORDERS, 1 + T)
+    found = known & (read >= 0) & (read >> bits == tags)
+    words = torch.where(found, read & (2**bits - 1), NONE)  # (B, ORDERS, 1 + T)
     right = words[..., :-1] == follows
     # The last to write an entry leaves it; the others, and places without one, write beyond the table.
     T = tokens.shape[1]
     leaves = torch.where(after[..., :-1] >= T, slots[..., :-1], S)
-    beyond = torch.cat((entries, entries[..., :1]), dim=-1).scatter(-1, leaves, written.int())
+    beyond = torch.cat((entries, entries[..., :1]), dim=-1).scatter(-1, leaves, written.to(entries.dtype))
     new = {
         "recall.recent": count(tokens, state["recall.recent"]),
         "recall.entries": beyond[..., :S].contiguous(),

@@ -103,6 +103,36 @@ def test_two_updates_by_hand(monkeypatch):
     assert min(cut) < 1 == max(cut)  # both happened
 
 
+def test_shares_of_recall_learn_what_is_owed_to_whom():
+    """Weights that stand still: what changes from segment to segment are the shares, here by hand."""
+    model = noisy(dataclasses.replace(MODEL, recall=100)).eval()
+    with torch.no_grad():
+        model.recall.shares.uniform_(0.05, 0.3)
+        model.recall.shares[0, 0] = 0
+    tokens, T = text(120, 1) % 5, 16  # places that come again
+    got = dynamic_losses(model, tokens, text(100, 0), lr=1e-30, decay=0.0, segment=T)
+    shares = model.recall.shares.double()
+    owed = dynamic.PRIOR * torch.cat((1 - shares.sum(1, keepdim=True), shares), dim=1)
+    state, want, groups = None, [], set()
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    for start in range(0, 119, T):
+        inputs, targets = ids[:, start : start + T], ids[:, start + 1 : start + T + 1]
+        inputs = inputs[:, : targets.shape[1]]
+        with torch.no_grad():
+            x, state = model.features(inputs, state)
+            softmax, (hit, recent) = (-model.nll(x.x, targets)).exp().double(), x.parts(targets)
+        now = owed / owed.sum(1, keepdim=True)
+        for t in range(targets.shape[1]):
+            group = int(x.groups[0, t])
+            groups.add(group)
+            parts = now[group] * torch.stack((softmax[0, t], hit[0, t].double(), recent[0, t].double()))
+            want.append(-parts.sum().log().item())
+            owed[group] += parts / parts.sum()
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert len(groups) >= 5
+    assert torch.equal(model.recall.shares.double(), shares)  # the model is as it was
+
+
 def test_words_that_the_sample_of_the_training_text_lacks_do_no_harm():
     model = noisy(dataclasses.replace(MODEL, vocab_size=2000))
     common, rare = np.random.default_rng(0), np.random.default_rng(1)

@@ -228,7 +228,9 @@ def test_a_transformer_starts_every_segment_afresh(tmp_path):
     assert one.state is None
 
 
-@pytest.mark.parametrize("model", [MODEL, FULL, TRANSFORMER], ids=["none", "full", "transformer"])
+@pytest.mark.parametrize(
+    "model", [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50)], ids=["none", "full", "transformer", "recall"]
+)
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, model, stop):
     """Stopped between logs (3), at a checkpoint (5), in the second half; dropout and grad_accum on."""
