@@ -10,7 +10,7 @@ For n = 1, 2, 3 a text has a table of S entries. After token x_t the place is th
     p(x_{t+1}) = (1 - s - m) softmax(logits_t) + s [x_{t+1} = w_t^n] + m u_t[x_{t+1}]      where a model is used, not where it is trained
 
 flags_t are six bits: which w_t^n there are, and which of w_{t-1}^n turned out right, x_t = w_{t-1}^n. In the last line n is the largest
-that recalls anything; s and m are two of fourteen numbers, by n (or none) and by whether w_{t-1}^n was right. They are not trained but set so
+that recalls anything; s and m are two of thirteen numbers, by n (or none) and by whether w_{t-1}^n was right. They are not trained but set so
 that the validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth time a model needs no recall, and what
 it learns there of when to believe it is too little for a new one.
 
@@ -77,6 +77,9 @@ def neighbours(slots: Tensor) -> tuple[Tensor, Tensor]:
     """slots (..., L) of a text's places -> of every place the last one before it that has the same entry, and the next: (..., L) int64
     each, -1 and L where there is none."""
     L = slots.shape[-1]
+    if L == 2:  # one token, as in generation: nothing to sort
+        same = (slots[..., :1] == slots[..., 1:]).long()
+        return torch.cat((torch.full_like(same, -1), same - 1), -1), torch.cat((2 - same, torch.full_like(same, 2)), -1)
     at = torch.arange(L, device=slots.device)
     ordered = (slots * L + at).sort(dim=-1).values  # unequal numbers, so that every sort agrees
     slot, place = ordered // L, ordered % L

@@ -262,10 +262,10 @@ def test_a_run_folder_that_cannot_be_made(newllm, text, tmp_path, command):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB of its own, where this user may mount one."""
+    """A file system of 2 MiB of its own, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder

@@ -32,7 +32,7 @@ def test_two_runs_side_by_side_beside_human_text(newllm, text, trained, monkeypa
     assert result["sampling"]["samples"] == 3
     assert list(result["figures"]) == ["human", "first", "second"]
     assert all(result["figures"][who]["words"]["texts"] == 3 for who in result["figures"])
-    assert result["samples"][0]["first"] != result["samples"][0]["second"]
+    assert any(sample["first"] != sample["second"] for sample in result["samples"])
     assert all(row["human"].strip() for row in result["samples"])
     assert (trained / "judge.md").read_text().count("**human**") == 3
     before = (trained / "judge.md").read_text()

@@ -229,7 +229,9 @@ def test_a_transformer_starts_every_segment_afresh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50)], ids=["none", "full", "transformer", "recall"]
+    "model",
+    [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50)],
+    ids=["none", "full", "transformer", "recall"],
 )
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, model, stop):
