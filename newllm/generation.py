@@ -87,9 +87,10 @@ def eager_steps(
         # Modes are entered afresh for each step: a suspended generator must not leave them on in its caller's code.
         with torch.inference_mode(), evaluating(modules):
             if state is None:
-                logits, state = prefill(model, prompts)  # (B, V)
+                logits, state = prefill(model, prompts, options.temperature)  # (B, V)
             else:
-                logits, state = model(torch.tensor(tokens, device=logits.device)[:, None], state)
+                tempered = tempering(model, options.temperature)
+                logits, state = model(torch.tensor(tokens, device=logits.device)[:, None], state, **tempered)
                 logits = logits[:, 0]
             drawn = sample(logits, options.temperature, options.top_k, options.top_p, generators).tolist()
         # A row that has ended goes on being fed eos_id: no text depends on it any more.
@@ -100,14 +101,19 @@ def eager_steps(
             return
 
 
-def prefill(model: LanguageModel, prompts: list[list[int]]) -> tuple[Tensor, State]:
+def tempering(model: LanguageModel, temperature: float) -> dict[str, float]:
+    """What a model with recall has to be told of the temperature that its logits will be divided by; 0 takes the likeliest as they are."""
+    return {"temperature": temperature} if getattr(model, "recall", None) is not None and temperature > 0 else {}
+
+
+def prefill(model: LanguageModel, prompts: list[list[int]], temperature: float = 1.0) -> tuple[Tensor, State]:
     """Read every prompt, alone: (logits after its last token (B, V), states of all prompts as one)."""
     device = next(model.parameters()).device
     rows, states = [], []
     for prompt in prompts:
         state = None
         for chunk in torch.tensor([prompt], device=device).split(PREFILL_CHUNK, dim=1):
-            logits, state = model(chunk, state)
+            logits, state = model(chunk, state, **tempering(model, temperature))
         rows.append(logits[:, -1])
         states.append(state)
     return torch.cat(rows), stack_states(states)

@@ -12,7 +12,19 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from newllm.generation import BROKEN, Sampling, clocks, distribution, draw, eager_steps, evaluating, held, prefill, sane
+from newllm.generation import (
+    BROKEN,
+    Sampling,
+    clocks,
+    distribution,
+    draw,
+    eager_steps,
+    evaluating,
+    held,
+    prefill,
+    sane,
+    tempering,
+)
 from newllm.model import LanguageModel
 from newllm.model.decoding import Decoder, make_decoder
 
@@ -105,13 +117,14 @@ def graph_steps(
     if decoder is None:
         yield from eager_steps(model, prompts, max_new_tokens, options, generators)
         return
+    decoder.temperature = tempering(model, options.temperature).get("temperature", 1.0)
     with torch.inference_mode(), evaluating(modules):
         step = StepGraph(decoder, options, generators)
         before = [generator.get_state() for generator in generators]
         step.capture()
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
-        logits, state = prefill(model, prompts)
+        logits, state = prefill(model, prompts, options.temperature)
         if not sane(logits).all():
             raise ValueError(BROKEN)
         first = draw(logits, options.temperature, options.top_k, options.top_p, generators)

@@ -50,15 +50,16 @@ class LanguageModel(nn.Module):
         """tokens (B, T) int64 -> features (B, T, F), state after the last token."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V), state after the last token."""
+    def forward(self, tokens: Tensor, state: State | None = None, temperature: float = 1.0) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V), state after the last token. `temperature`: of `logits`."""
         x, state = self.features(tokens, state)
-        return self.logits(x), state
+        return self.logits(x, temperature), state
 
-    def logits(self, x: Tensor | Pointed) -> Tensor:
-        """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities."""
+    def logits(self, x: Tensor | Pointed, temperature: float = 1.0) -> Tensor:
+        """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities. `temperature`: the one that they will be
+        divided by; only features that point at words have a use for it."""
         if not isinstance(x, Tensor):
-            return x.mixed_logits(self.logits(x.x))
+            return x.mixed_logits(self.logits(x.x), temperature)
         if self.mixture is None:
             return self.head(self.output_dropout(x))
         shares, latent = self.mixture(x)  # (B, T, K), (B, T, K, F)

@@ -33,6 +33,7 @@ class Decoder(Protocol):
 
     tokens: Tensor
     logits: Tensor
+    temperature: float  # that the logits will be divided by
 
     def load(self, state: State) -> None: ...
 
@@ -61,6 +62,8 @@ class ProgramDecoder:
     With recall the program begins at embedded tokens: what is recalled is looked up before it, and mixed into the logits after it, by
     the operations that the model uses.
     """
+
+    temperature = 1.0
 
     def __init__(self, model: NewLLM | Classic, rows: int) -> None:
         weight = model.head.weight
@@ -102,7 +105,7 @@ class ProgramDecoder:
         x, pointed, tables = self.model.recall(self.tokens[:, None], self.model.embedding, self.tables)
         self.embedded.copy_(x[:, 0])
         self.program.run()
-        self.logits.copy_(pointed.mixed_logits(self.logits[:, None])[:, 0])
+        self.logits.copy_(pointed.mixed_logits(self.logits[:, None], self.temperature)[:, 0])
         for key, table in self.tables.items():
             table.copy_(tables[key])
 

@@ -19,6 +19,8 @@ class CacheDecoder:
     """Static buffers: tokens (B,) int64, position (B,) int64, logits (B, V), and per layer keys and values
     (B, heads, max_seq_len, head_dim) in the dtype of the weights."""
 
+    temperature = 1.0  # a Transformer has no use for it
+
     def __init__(self, model: Transformer, rows: int) -> None:
         config, weight = model.config, model.embedding.weight
         self.heads, self.window = config.num_heads, config.max_seq_len

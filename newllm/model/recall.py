@@ -179,13 +179,18 @@ class Pointed(NamedTuple):
         rest = torch.log1p(-word - recent) - nll
         return -torch.logaddexp(rest, (word * hit + recent * u.to(nll.dtype)).log())
 
-    def mixed_logits(self, logits: Tensor) -> Tensor:
-        """Logits (B, T, V) of the softmax -> logarithms of probabilities by all of it."""
+    def mixed_logits(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Logits (B, T, V) of the softmax -> logarithms of probabilities by all of it.
+
+        A temperature sharpens the softmax only: what is returned, divided by it, are the logarithms of softmax(logits / temperature) mixed
+        with the same shares. Sharpened with the rest, recall of what a model has just written itself would be written once more, and again.
+        """
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         word, recent = self.shares.to(wide)[..., None].unbind(-2)  # (B, T, 1) each
         others = recent * recent_shares(self.tokens, self.recent).to(wide)
         others = others.scatter_add(-1, self.words.clamp(min=0)[..., None], word)  # 0 where there is no word
-        return torch.logaddexp(logits.to(wide).log_softmax(-1) + torch.log1p(-word - recent), others.log())
+        softmax = (logits.to(wide) / temperature).log_softmax(-1)
+        return torch.logaddexp(softmax + torch.log1p(-word - recent), others.log()) * temperature
 
 
 class Recall(nn.Module):

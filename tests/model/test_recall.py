@@ -11,7 +11,9 @@ from configs import SMALL, VOCAB, WALK, make_model, make_tokens
 
 from newllm.config import ModelConfig
 from newllm.evaluation import calibrate, evaluate, token_losses
+from newllm.generation import generate
 from newllm.model import build_model
+from newllm.model.decoding import make_decoder
 from newllm.model.recall import DECAY, NONE, ORDERS, count, initial_tables, places, recall, recent_shares
 
 
@@ -234,3 +236,32 @@ def test_the_last_token_of_a_large_vocabulary_is_kept(vocab_size, dtype):
     words = recall(tokens, state)[0]
     assert words[0, 1].tolist() == [last, NONE, NONE]
     assert words[0, 6].tolist() == [last, last, 3]
+
+
+@torch.no_grad()
+def test_a_temperature_sharpens_the_softmax_and_not_what_is_recalled():
+    model, tokens, T = make_model(WALK["newllm-recall1000"]), make_tokens(2, 60) % 3, 0.7
+    features, _ = model.features(tokens)
+    tempered = (model(tokens, temperature=T)[0] / T).softmax(-1)
+    softmax = (model.logits(features.x) / T).softmax(-1)
+    want = (1 - features.shares.sum(-1, keepdim=True)) * softmax
+    plain = model.logits(features).exp() - (1 - features.shares.sum(-1, keepdim=True)) * model.logits(
+        features.x
+    ).softmax(-1)
+    torch.testing.assert_close(tempered, want + plain)
+    decoder = make_decoder(model, 2)
+    decoder.temperature = T
+    for t in range(10):
+        decoder.tokens.copy_(tokens[:, t])
+        decoder.run()
+        torch.testing.assert_close((decoder.logits / T).softmax(-1), tempered[:, t])
+
+
+def test_generation_draws_from_the_tempered_mixture():
+    """One token after a prompt, many times: frequencies within five standard deviations."""
+    model, prompt, T = make_model(WALK["newllm-recall1000"], torch.float32), [1, 2, 3, 1, 2], 0.6
+    with torch.no_grad():
+        want = (model(torch.tensor([prompt]), temperature=T)[0][0, -1] / T).softmax(-1)
+    (drawn,) = generate(model, [prompt] * 4000, 1, temperature=T, seed=0)
+    counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double() / 4000
+    assert ((counts - want).abs() < 5 * (want * (1 - want) / 4000).sqrt() + 1e-3).all()
