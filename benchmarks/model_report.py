@@ -183,7 +183,9 @@ def differences(runs: list[Results]) -> dict[str, str]:
         (value, count), *_ = Counter(json.dumps(one.get(key)) for one in flat).most_common(1)
         if count > 1 and key != "architecture":
             usual[key] = value
-    of_transformers = {"max_seq_len", "coupling", "hops", "norm", "context_dim", "fnn_layers", "clamp"}
+    of_transformers = {
+        "max_seq_len", "coupling", "hops", "norm", "context_dim", "fnn_layers", "clamp", "context_init", "forget_init", "input_init", "recall",
+    }  # fmt: skip
 
     def shown(one: Results) -> str:
         transformer = one["architecture"] == "transformer"
