@@ -37,7 +37,7 @@ from newllm.model.recall import Pointed
 from newllm.weights import copy_all, in_dtype
 
 STATISTICS = 500  # segments of training text that gradients are measured on
-PRIOR = 200.0  # tokens of each group that the calibrated shares count as
+PRIOR = 200.0  # tokens of each group that the calibrated shares count as; not searched
 
 
 def dynamic_losses(

@@ -26,10 +26,8 @@ def walk() -> dict[str, ModelConfig]:
                     configs[f"classic-{name}"] = ModelConfig(architecture="classic", **settings)
     configs["newllm-untied-tanh-clamped"] = ModelConfig(**SMALL, activation="tanh", clamp=1.0, tie_embeddings=False)
     configs["newllm-mixture"] = ModelConfig(**SMALL, softmaxes=3)
-    for entries in (
-        7,
-        1000,
-    ):  # of 23, 529 and 12,167 places: taken over all the time, and for the texts of the tests hardly ever
+    # There are 23, 529 and 12,167 places: entries are taken over all the time, and, by the texts of the tests, hardly ever.
+    for entries in (7, 1000):
         configs[f"newllm-recall{entries}"] = ModelConfig(**SMALL, fnn_layers=0, recall=entries)
     configs["newllm-recall-hops-mixture"] = ModelConfig(**SMALL, coupling="hops", hops=2, softmaxes=2, recall=30)
     for window in (5, 64):  # shorter and longer than the texts of the tests
