@@ -6,6 +6,8 @@ bfloat16 (float32 on a CPU, where the model runs step by step):
     newllm         the preset, whose state is of one size however long the text
     transformer    the baseline with as many parameters, its cache full with --contexts tokens
 
+With --long N also one text of N tokens, drawn as `newllm generate` draws them: tokens/s and memory at 1k, 4k, 16k ... N tokens.
+
 Beside tokens/s: what share of a step the weights alone must take, their bytes over the rate at which this device reads memory,
 measured in the same run. `python benchmarks/report.py FILE` prints a results file again and draws it.
 """
@@ -28,7 +30,7 @@ import torch
 
 from newllm.config import PRESETS, ModelConfig, preset, transformer_like
 from newllm.errors import UserError, arguments_are_the_users, one_line
-from newllm.generation import Sampling
+from newllm.generation import Sampling, generate
 from newllm.model import LanguageModel, build_model, state_bytes
 from newllm.training_config import choose_device
 
@@ -135,6 +137,32 @@ def measure(
     return run
 
 
+def long_text(name: str, config: ModelConfig, tokens: int, device: torch.device) -> list[dict[str, Any]]:
+    """One text, by `generate` at temperature 1: at every mark tokens/s since the mark before, and the bytes that are allocated."""
+    cuda = device.type == "cuda"
+    marks = sorted({*(1024 * 4**n for n in range(16) if 1024 * 4**n < tokens), tokens})
+    rows, written = [], 0
+    with torch.device(device):
+        model = build_model(config).to(torch.bfloat16 if cuda else torch.float32).eval()
+    steps = generate(model, [[0]], tokens, temperature=1.0, seed=0)
+    next(steps)  # the graph is captured before the first token is there
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    begin, at = time.perf_counter(), 1
+    for written, _ in enumerate(steps, 2):
+        if written in marks:
+            now = time.perf_counter()
+            memory = (
+                (torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)) if cuda else (None, None)
+            )
+            rows.append(
+                {"preset": name, "tokens": written, "tokens_per_s": (written - at) / (now - begin),
+                 "allocated_bytes": memory[0], "peak_bytes": memory[1]}
+            )  # fmt: skip
+            begin, at = now, written
+    return rows
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"generation_speed: error: {one_line(message)}\n")
@@ -147,6 +175,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 16384, 65536], metavar="T",
                         help="tokens in the Transformer's cache; none: leave the Transformer out")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=20, metavar="N", help="timed blocks of 16 steps (default: 20)")
+    parser.add_argument("--long", type=int, metavar="N", help="write one text of N tokens with each preset, too")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures to this JSON file")
     return parser.parse_args(arguments)
@@ -160,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
             models = {name: preset(name) for name in args.presets}
         if min(*args.batches, *args.contexts, args.blocks) < 1:
             raise UserError("--batches, --contexts, --blocks: wanted numbers of at least 1")
+        if args.long is not None and args.long < 1024:
+            raise UserError(f"--long {args.long}: wanted at least 1024 tokens")
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
     except ValueError as error:
@@ -167,6 +198,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rate = read_gbps(device)
     content: dict[str, Any] = {**report.environment(), "read_gbps": rate, "generation": []}
+
+    def keep() -> None:
+        if args.results:
+            draft = args.results.with_name(f".{args.results.name}")
+            draft.write_text(json.dumps(content, indent=1) + "\n")
+            draft.replace(args.results)
+
     for name, model in models.items():
         for batch in args.batches:
             baseline = transformer_like(model)
@@ -178,10 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}, {kind}, batch {batch}, context {context} ...", file=sys.stderr, flush=True)
                 run = measure(kind, config, batch, context, device, args.blocks, rate)
                 content["generation"].append({"preset": name, **run})
-                if args.results:
-                    draft = args.results.with_name(f".{args.results.name}")
-                    draft.write_text(json.dumps(content, indent=1) + "\n")
-                    draft.replace(args.results)
+                keep()
+    for name, model in models.items() if args.long else ():
+        print(f"{name}, a text of {args.long} tokens ...", file=sys.stderr, flush=True)
+        content.setdefault("long", []).extend(long_text(name, model, args.long, device))
+        keep()
     print(report.generation_table(content))
     out_of_memory = [run for run in content["generation"] if "OutOfMemory" in run.get("failure", "")]
     return 1 if sum("failure" in run for run in content["generation"]) > len(out_of_memory) else 0

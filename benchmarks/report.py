@@ -375,7 +375,17 @@ def generation_table(content: dict[str, Any]) -> str:
              _bytes(run["state_bytes"]), "-" if peak is None else _bytes(peak)]
         )  # fmt: skip
     read = f"Memory is read at {content['read_gbps']:,.0f} GB/s."
-    return "\n\n".join([read, _cells(headers, lines), *failures])
+    parts = [read, _cells(headers, lines), *failures]
+    if "long" in content:
+        of_one = [
+            [run["preset"], f"{run['tokens']:,}", f"{run['tokens_per_s']:,.0f}",
+             *("-" if run[key] is None else f"{run[key]:,}" for key in ("allocated_bytes", "peak_bytes"))]
+            for run in content["long"]
+        ]  # fmt: skip
+        parts.append(
+            _cells(["one text", "tokens", "tokens/s since the last line", "bytes allocated", "at most"], of_one)
+        )
+    return "\n\n".join(parts)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from newllm.model.classic import Classic
 from newllm.model.common import LanguageModel, State
+from newllm.model.decoding_recall import RecallStep
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
 from newllm.model.transformer import Transformer
@@ -59,8 +60,7 @@ def make_decoder(model: LanguageModel, rows: int) -> Decoder | None:
 class ProgramDecoder:
     """Static buffers (tokens (B,) int64, logits (B, V), contexts (B, D) per cell and hop) and the program between them.
 
-    With recall the program begins at embedded tokens: what is recalled is looked up before it, and mixed into the logits after it, by
-    the operations that the model uses.
+    With recall the program begins at what is recalled, which is looked up before it and mixed into the logits after it.
     """
 
     temperature = 1.0
@@ -71,15 +71,13 @@ class ProgramDecoder:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.logits = torch.zeros(rows, weight.shape[0], dtype=acc, device=weight.device)
         initial = model.initial_state(rows, weight.device)
-        self.tables = {key: value.clone() for key, value in initial.items() if key.startswith("recall.")}
+        tables = {key: value.clone() for key, value in initial.items() if key.startswith("recall.")}
         self.contexts = {  # of (B, K, D) each
             key: [value[:, hop].clone() for hop in range(value.shape[1])]
             for key, value in initial.items()
-            if key not in self.tables
+            if key not in tables
         }
-        self.model = model if self.tables else None
-        if self.model is not None:
-            self.embedded = torch.zeros(rows, model.config.embed_dim, dtype=acc, device=weight.device)
+        self.recall = RecallStep(model, rows, tables, acc) if tables else None
         build = _newllm_layers if isinstance(model, NewLLM) else _classic_layers
         with torch.no_grad():
             self.program = DecodeProgram(list(build(model, self)), rows)
@@ -89,25 +87,22 @@ class ProgramDecoder:
         for key, contexts in self.contexts.items():
             for hop, context in enumerate(contexts):
                 context.copy_(state[key][:, hop])
-        for key, table in self.tables.items():
-            table.copy_(state[key])
+        if self.recall is not None:
+            self.recall.load(state)
 
     def state(self) -> State:
         """A copy of the state, as the model has it."""
         contexts = {key: torch.stack(contexts, dim=1) for key, contexts in self.contexts.items()}
-        return contexts | {key: table.clone() for key, table in self.tables.items()}
+        tables = {} if self.recall is None else self.recall.tables
+        return contexts | {key: table.clone() for key, table in tables.items()}
 
     def run(self) -> None:
         """tokens -> logits, one token on."""
-        if self.model is None:
-            self.program.run()
-            return
-        x, pointed, tables = self.model.recall(self.tokens[:, None], self.model.embedding, self.tables)
-        self.embedded.copy_(x[:, 0])
+        if self.recall is not None:
+            self.recall.before(self.tokens)
         self.program.run()
-        self.logits.copy_(pointed.mixed_logits(self.logits[:, None], self.temperature)[:, 0])
-        for key, table in self.tables.items():
-            table.copy_(tables[key])
+        if self.recall is not None:
+            self.recall.after(self.tokens, self.logits, self.temperature)
 
 
 def _norm_of(norm: LayerNorm) -> dict[str, object]:
@@ -228,7 +223,10 @@ def _block_layers(
 
 
 def _newllm_layers(model: NewLLM, decoder: ProgramDecoder) -> Iterator[DecodeLayer]:
-    x, tokens = (model.embedding.weight, decoder.tokens) if model.recall is None else (decoder.embedded, None)
+    x, tokens = model.embedding.weight, decoder.tokens
+    if decoder.recall is not None:
+        recall, x, tokens = decoder.recall, Activation(model.config.embed_dim), None
+        yield DecodeLayer(recall.recalled, weights=(model.recall.out.weight,), residual=recall.base, y=x)
     for block, contexts in zip(model.blocks, decoder.contexts.values(), strict=True):
         x = yield from _block_layers(block, model.config.activation, contexts, x, tokens)
         tokens = None

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ ORDERS = 3  # n from 1 to this many tokens
 TOKEN_BITS, TAG_BITS = {torch.int32: 17, torch.int64: 48}, 14
 
 # Odd multipliers of 64 bits (from the golden ratio, and of MurmurHash3's finaliser), as the signed integers that PyTorch has.
-_MIX, _FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
+MIX, FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
 
 
 DECAY = 2 ** (-1 / 100)  # d, a token: words of 100 tokens ago count half
@@ -65,8 +66,8 @@ def places(text: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
     slots, tags, real = [], [], []
     for n in range(ORDERS):
         token = text[:, ORDERS - 1 - n :][:, :L]
-        hashes, known = (hashes + token + 1) * _MIX, known & (token != NONE)
-        mixed = (hashes ^ (hashes >> 32)) * _FINISH
+        hashes, known = (hashes + token + 1) * MIX, known & (token != NONE)
+        mixed = (hashes ^ (hashes >> 32)) * FINISH
         tags.append((mixed >> 16) & (2**TAG_BITS - 1))
         slots.append(torch.where(known, ((mixed >> 32) & (2**31 - 1)) % entries, entries))
         real.append(known)
@@ -97,6 +98,8 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     Returns w (B, T, ORDERS) int64, NONE where nothing is recalled; whether the word recalled a step before was right, bool of the same
     shape; and the new state.
     """
+    if tokens.shape[1] == 1 and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _recall_one(tokens, state)
     entries, last = state["recall.entries"], state["recall.tokens"]
     S, bits = entries.shape[2], TOKEN_BITS[entries.dtype]
     text = torch.cat((last, tokens), dim=1)  # (B, ORDERS + T)
@@ -123,6 +126,37 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     return words[..., 1:].transpose(1, 2), right.transpose(1, 2), new
 
 
+def _recall_one(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`recall` of one token (B, 1) on a CPU, in NumPy, whose small operations cost a tenth of PyTorch's."""
+    entries, last = state["recall.entries"], state["recall.tokens"]
+    S, bits = entries.shape[2], TOKEN_BITS[entries.dtype]
+    text = torch.cat((last, tokens), dim=1)  # (B, ORDERS + 1)
+    after = entries.clone()
+    table, read = after.numpy(), text.numpy()
+    rows, token = np.arange(read.shape[0]), read[:, -1]
+    hashes, known = np.zeros((read.shape[0], 2), np.int64), True
+    words = np.full((read.shape[0], 1, ORDERS), NONE)
+    right = np.zeros(words.shape, np.bool_)
+    for n in range(ORDERS):
+        of = read[:, ORDERS - 1 - n : ORDERS + 1 - n]  # (B, 2): of the place before the token, and of the one after it
+        hashes, known = (hashes + of + 1) * MIX, known & (of != NONE)
+        mixed = (hashes ^ (hashes >> 32)) * FINISH
+        tags, slots = (mixed >> 16) & (2**TAG_BITS - 1), ((mixed >> 32) & (2**31 - 1)) % S
+        had = table[rows, n, slots[:, 0]].astype(np.int64)
+        right[:, 0, n] = known[:, 0] & (had == (tags[:, 0] << bits | token))
+        here = known[:, 0]
+        table[rows[here], n, slots[here, 0]] = tags[here, 0] << bits | token[here]
+        found = table[rows, n, slots[:, 1]].astype(np.int64)
+        there = known[:, 1] & (found >= 0) & (found >> bits == tags[:, 1])
+        words[there, 0, n] = found[there] & (2**bits - 1)
+    new = {
+        "recall.recent": count(tokens, state["recall.recent"]),
+        "recall.entries": after,
+        "recall.tokens": text[:, -ORDERS:].contiguous(),
+    }
+    return torch.from_numpy(words), torch.from_numpy(right), new
+
+
 def _ages(steps: int, like: Tensor) -> Tensor:
     """What the token j counts after token i: d^(i - j) up to i, then 0. (T, T)"""
     at = torch.arange(steps, device=like.device)
@@ -133,12 +167,20 @@ def _ages(steps: int, like: Tensor) -> Tensor:
 def count(tokens: Tensor, recent: Tensor) -> Tensor:
     """Decayed counts (B, V) after tokens (B, T)."""
     T = tokens.shape[1]
+    if T == 1:
+        return (recent * DECAY).scatter_add(1, tokens, recent.new_ones(tokens.shape))
     weights = DECAY ** torch.arange(T - 1, -1, -1, device=recent.device, dtype=recent.dtype)
     return (recent * DECAY**T).scatter_add(1, tokens, weights.expand(tokens.shape))
 
 
 def recent_shares(tokens: Tensor, recent: Tensor, targets: Tensor | None = None) -> Tensor:
     """u_t after each of tokens (B, T), from the counts before them: of targets (B, T) alone, or of all words (B, T, V)."""
+    if tokens.shape[1] == 1:
+        counts = count(tokens, recent)
+        total = counts.sum(1, keepdim=True)
+        return (counts[:, None] if targets is None else counts.gather(1, targets)) / (
+            total[..., None] if targets is None else total
+        )
     pieces = []
     for start in range(0, tokens.shape[1], CHUNK):
         read = tokens[:, start : start + CHUNK]  # (B, L)
@@ -212,6 +254,15 @@ class Recall(nn.Module):
     ) -> tuple[Tensor, Pointed, dict[str, Tensor]]:
         """tokens (B, T) -> embedded tokens with what is recalled (B, T, E); what goes beside the features that become of them, with those
         in their place; the new state."""
+        base, recalled, pointed, new = self.parts(tokens, embedding, state)
+        x = base + self.out(recalled)
+        return x, pointed._replace(x=x), new
+
+    def parts(
+        self, tokens: Tensor, embedding: Embedding, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Pointed, dict[str, Tensor]]:
+        """What `forward` adds up, before the product: E[x] + F[flags] (B, T, E) and the recalled words' embeddings (B, T, 3 E), which are in
+        the place of the features too; the new state."""
         words, right, new = recall(tokens, state)
         found = words != NONE
         # Together with the tokens: one mask of dropped words for both.
@@ -219,9 +270,10 @@ class Recall(nn.Module):
         recalled = embedded[..., 1:, :] * found[..., None]
         bits = 2 ** torch.arange(2 * ORDERS, device=tokens.device)
         flags = (torch.cat((found, right), dim=-1) * bits).sum(-1)
-        x = embedded[..., 0, :] + self.out(recalled.flatten(-2)) + self.flags(flags)
+        base, recalled = embedded[..., 0, :] + self.flags(flags), recalled.flatten(-2)
         longest = (found * torch.arange(1, ORDERS + 1, device=tokens.device)).amax(-1)  # n, or 0
         at = longest.sub(1).clamp(min=0)[..., None]
         word, was_right = words.gather(-1, at)[..., 0], right.gather(-1, at)[..., 0]
         groups = torch.where(longest > 0, 2 * longest - 1 + was_right, 0)
-        return x, Pointed(x, word, groups, self.shares[groups], tokens, state["recall.recent"]), new
+        pointed = Pointed(recalled, word, groups, self.shares[groups], tokens, state["recall.recent"])
+        return base, recalled, pointed, new

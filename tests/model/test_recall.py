@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,8 +14,19 @@ from newllm.config import ModelConfig
 from newllm.evaluation import calibrate, evaluate, token_losses
 from newllm.generation import generate
 from newllm.model import build_model
+from newllm.model.common import Embedding
 from newllm.model.decoding import make_decoder
-from newllm.model.recall import DECAY, NONE, ORDERS, count, initial_tables, places, recall, recent_shares
+from newllm.model.recall import (
+    DECAY,
+    NONE,
+    ORDERS,
+    Recall,
+    count,
+    initial_tables,
+    places,
+    recall,
+    recent_shares,
+)
 
 
 def tables(batch_size: int, entries: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -265,3 +277,99 @@ def test_generation_draws_from_the_tempered_mixture():
     (drawn,) = generate(model, [prompt] * 4000, 1, temperature=T, seed=0)
     counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double() / 4000
     assert ((counts - want).abs() < 5 * (want * (1 - want) / 4000).sqrt() + 1e-3).all()
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("entries", "vocab_size", "dtype"),
+    [(1, 5, torch.float32), (7, 3, torch.bfloat16), (1000, 4, torch.float32), (97, 2**17 + 9, torch.float32)],
+)
+@torch.no_grad()
+def test_kernels_of_a_token_are_what_the_model_does(entries, vocab_size, dtype, device, monkeypatch):
+    """Token after token, rows at different places of their texts, from a state that is not new; E is no power of two."""
+    from newllm.model import recall_triton
+
+    monkeypatch.setattr(recall_triton, "MOST", 2048)  # rows of several blocks of columns
+    config = ModelConfig(vocab_size=vocab_size, embed_dim=12, recall=entries)
+    torch.manual_seed(entries)
+    module, embedding = Recall(config), Embedding(vocab_size, 12, 0.0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    module.shares.uniform_(0.05, 0.4)
+    module.shares[0, 0], module.shares[3] = 0, 0
+    module, embedding = module.to(device, dtype), embedding.to(device, dtype)
+    T = 12 if vocab_size > 5 else 40
+    tokens = (torch.randint(4, (3, T + 9)) * (vocab_size - 1) // 3).to(device)
+    state = recall(tokens[:, :9], initial_tables(3, config, device))[2]
+    state["recall.tokens"][1], state["recall.recent"][1] = NONE, 0  # a text that begins, in tables that are in use
+    entries_, last, recent = (state[f"recall.{name}"].clone() for name in ("entries", "tokens", "recent"))
+    total = recent.sum(1)
+    recalled, base = torch.empty(3, 3 * 12, device=device), torch.empty(3, 12, device=device)
+    words, groups = torch.empty(2, 3, dtype=torch.int64, device=device).unbind()
+    seen = set()
+    for token in tokens[:, 9:].T.contiguous():
+        want_base, want_recalled, pointed, state = module.parts(token[:, None], embedding, state)
+        look_up = (token, entries_, last, embedding.weight, module.flags.weight, recalled, base, words, groups)
+        recall_triton.look_up(*look_up)
+        assert torch.equal(recalled, want_recalled[:, 0].float())
+        torch.testing.assert_close(
+            base, want_base[:, 0].float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-5
+        )
+        assert torch.equal(words, pointed.words[:, 0])
+        assert torch.equal(groups, pointed.groups[:, 0])
+        logits = 3 * torch.randn(3, vocab_size, device=device)
+        logits[0, 1] = -math.inf
+        for temperature in (1.0,) if vocab_size > 5 else (1.0, 0.6):
+            got, counts, sums = logits.clone(), recent.clone(), total.clone()
+            recall_triton.mix(got, token, words, groups, module.shares, counts, sums, temperature)
+            want = pointed.mixed_logits(logits[:, None], temperature)[:, 0]
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        recent, total = counts, sums
+        for name, value in (("entries", entries_), ("tokens", last), ("recent", recent)):
+            torch.testing.assert_close(value, state[f"recall.{name}"], rtol=1e-6, atol=1e-6)
+        seen |= set(groups.tolist())
+    assert len(seen) >= (3 if entries == 1 else 5)
+    logits[1, 2] = math.nan
+    recall_triton.mix(logits, token, words, groups, module.shares, recent, total, 1.0)
+    assert logits[1].isnan().any()
+    assert not logits[0].isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+@torch.no_grad()
+def test_a_decoder_on_a_gpu_is_fused_and_moves_the_state_as_the_model_does(rows):
+    model = make_model(WALK["newllm-recall1000"], torch.float32).cuda()
+    tokens = make_tokens(rows, 50).cuda() % 3
+    _, before = model(tokens[:, :20])
+    want, after = model(tokens[:, 20:], before)
+    decoder = make_decoder(model, rows)
+    assert decoder.recall.fused == (find_spec("triton") is not None)
+    decoder.load(before)
+    for t in range(30):
+        decoder.tokens.copy_(tokens[:, 20 + t])
+        decoder.run()
+        torch.testing.assert_close(decoder.logits, want[:, t], rtol=1e-3, atol=1e-3)
+    for key, value in decoder.state().items():
+        torch.testing.assert_close(value, after[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("vocab_size", [3, 2**17 + 9])
+def test_one_token_on_a_cpu_is_what_several_are(vocab_size, batch):
+    """The way of one token against that of two, whose second has no part in it."""
+    tokens = torch.randint(3, (batch, 60)) * (vocab_size - 1) // 2
+    config = ModelConfig(vocab_size=vocab_size, recall=11)
+    one = two = initial_tables(batch, config, "cpu")
+    for t in range(59):
+        words, right, one = recall(tokens[:, t : t + 1], one)
+        want_words, want_right, _ = recall(tokens[:, t : t + 2], two)
+        _, _, two = recall(tokens[:, : t + 1], initial_tables(batch, config, "cpu")) if t else (0, 0, one)
+        assert torch.equal(words, want_words[:, :1])
+        assert torch.equal(right, want_right[:, :1])
+        for key, value in two.items():
+            torch.testing.assert_close(one[key], value)
