@@ -31,8 +31,8 @@ class ModelConfig:
     Which fields an architecture reads:
 
     - `newllm`: all but `num_heads`, `max_seq_len`; `hidden_dim` and `activation` only where `fnn_layers > 0`.
-    - `classic`: one cell, so not `num_layers`, `ffn_dim`, `recall`, `num_heads`, `max_seq_len`, `tie_embeddings`.
-    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, all dropouts but `recurrent_dropout`,
+    - `classic`: one cell, so not `num_layers`, `ffn_dim`, `recall`, `recall_dropout`, `num_heads`, `max_seq_len`, `tie_embeddings`.
+    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, all dropouts but `recurrent_dropout` and `recall_dropout`,
       `softmaxes`, `tie_embeddings`, `num_heads`, `max_seq_len`.
     """
 
@@ -61,6 +61,7 @@ class ModelConfig:
     recall: int = (
         0  # S: entries of each table of what followed the last 1, 2 and 3 tokens (newllm/model/recall.py); 0: none
     )
+    recall_dropout: float = 0.0  # of single recalled words among the inputs
     softmaxes: int = 1  # of the mixture that gives the next token; 1: one softmax
     tie_embeddings: bool = True
     num_heads: int = 4
@@ -81,7 +82,14 @@ class ModelConfig:
         )
         for name in ("forget_init", "input_init"):
             self._require(_is_number(getattr(self, name)), name, "a finite number")
-        for name in ("dropout", "input_dropout", "output_dropout", "embed_dropout", "recurrent_dropout"):
+        for name in (
+            "dropout",
+            "input_dropout",
+            "output_dropout",
+            "embed_dropout",
+            "recurrent_dropout",
+            "recall_dropout",
+        ):
             value = getattr(self, name)
             fits = (_is_number(value) and 0 <= value < 1) or (name == "input_dropout" and value is None)
             self._require(fits, name, "a number in [0, 1)")
@@ -90,6 +98,7 @@ class ModelConfig:
         self._require(
             self.recall == 0 or self.architecture == "newllm", "recall", f'0 with architecture="{self.architecture}"'
         )
+        self._require(self.recall > 0 or self.recall_dropout == 0, "recall_dropout", "0: there is no recall")
         if self.architecture == "transformer":
             even_heads = self.embed_dim % (2 * self.num_heads) == 0  # RoPE turns pairs of features
             self._require(even_heads, "num_heads", f"heads of an even width that divide embed_dim={self.embed_dim}")
@@ -197,7 +206,7 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
         tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0, forget_init=4.0,
-        input_init=0.0, recall=0,
+        input_init=0.0, recall=0, recall_dropout=0.0,
     )  # fmt: skip
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim

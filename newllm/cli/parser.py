@@ -17,6 +17,7 @@ MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--hidden-dim", "hidden_dim", int, "H, width of the network that computes the gates"),
     ("--context-dim", "context_dim", int, "D, width of a context vector"),
     ("--recall", "recall", int, "entries of each table of what followed the last 1, 2 and 3 tokens (New-LLM)"),
+    ("--recall-dropout", "recall_dropout", float, "of recalled words among the inputs"),
     ("--layers", "num_layers", int, "layers"),
     ("--ffn-dim", "ffn_dim", int, "F, inner width of the feed-forward networks"),
     ("--fnn-layers", "fnn_layers", int, "linear layers between input and gates"),

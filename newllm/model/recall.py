@@ -244,6 +244,7 @@ class Recall(nn.Module):
         super().__init__()
         self.out = nn.Linear(ORDERS * config.embed_dim, config.embed_dim, bias=False)
         self.flags = nn.Embedding(4**ORDERS, config.embed_dim)
+        self.forgets = config.recall_dropout
         # s and m, where no word is recalled (s is 0), then of n = 1, 2, 3, whose last word was wrong or right.
         self.register_buffer("shares", torch.zeros(1 + 2 * ORDERS, 2))
         nn.init.zeros_(self.out.weight)  # a model begins as one without
@@ -264,6 +265,8 @@ class Recall(nn.Module):
         """What `forward` adds up, before the product: E[x] + F[flags] (B, T, E) and the recalled words' embeddings (B, T, 3 E), which are in
         the place of the features too; the new state."""
         words, right, new = recall(tokens, state)
+        if self.training and self.forgets > 0:
+            words = torch.where(torch.rand(words.shape, device=words.device) < self.forgets, NONE, words)
         found = words != NONE
         # Together with the tokens: one mask of dropped words for both.
         embedded = embedding(torch.cat((tokens[..., None], words.clamp(min=0)), dim=-1))  # (B, T, 1 + ORDERS, E)

@@ -57,6 +57,8 @@ def test_round_trip_keeps_what_differs_from_the_defaults():
         ("context_init", "small"),
         ("context_init", 0.3),  # of coupling="none": no weight reads the context
         ("recurrent_dropout", 1.0),
+        ("recall_dropout", 1.0),
+        ("recall_dropout", 0.5),  # without recall
         ("recurrent_dropout", 0.5),  # of coupling="none": no weight reads the context
         ("locked_dropout", 1),
         ("softmaxes", 0),

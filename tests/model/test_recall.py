@@ -174,6 +174,18 @@ def test_in_training_features_point_at_nothing():
     assert isinstance(model.features(make_tokens(2, 9))[0], torch.Tensor)
 
 
+def test_recalled_words_are_forgotten_in_training_alone():
+    config, tokens = ModelConfig(vocab_size=3, embed_dim=8, recall=1000, recall_dropout=0.3), make_tokens(4, 500) % 3
+    module, embedding = Recall(config), Embedding(3, 8, 0.0)
+    state = initial_tables(4, config, "cpu")
+    _, kept, _, after = module.eval().parts(tokens, embedding, state)
+    _, left, _, trained = module.train().parts(tokens, embedding, state)
+    kept, left = (x.unflatten(-1, (ORDERS, 8)).abs().amax(-1) > 0 for x in (kept, left))
+    assert not (left & ~kept).any()
+    assert (left.sum() / kept.sum()).item() == pytest.approx(0.7, abs=0.03)
+    assert all(torch.equal(after[key], trained[key]) for key in after)  # what the tables hold is as ever
+
+
 def test_calibrated_shares_are_the_likeliest():
     model = make_model(WALK["newllm-recall1000"])
     tokens = make_tokens(1, 3000)[0].numpy()

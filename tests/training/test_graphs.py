@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 MODELS = {
     "none": MODEL,
     "hops": dataclasses.replace(MODEL, coupling="hops", hops=2, recurrent_dropout=0.2),
-    "recall": dataclasses.replace(MODEL, recall=60),
+    "recall": dataclasses.replace(MODEL, recall=60, recall_dropout=0.2),
     "transformer": dataclasses.replace(MODEL, architecture="transformer", num_heads=2, max_seq_len=18),
 }
 CONFIG = TrainingConfig(

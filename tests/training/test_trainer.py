@@ -230,7 +230,7 @@ def test_a_transformer_starts_every_segment_afresh(tmp_path):
 
 @pytest.mark.parametrize(
     "model",
-    [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50)],
+    [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50, recall_dropout=0.2)],
     ids=["none", "full", "transformer", "recall"],
 )
 @pytest.mark.parametrize("stop", [3, 5, 7])
