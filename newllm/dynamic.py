@@ -10,8 +10,8 @@ gradient, and come back faster. mean(r) and rms(r) are over a weight's tensor. R
 the gradient of all weights together. Nothing is dropped out.
 
 Where the model has recall (newllm/model/recall.py), the shares of recalled and of recent words go on learning too, by expectation
-maximisation as it comes: of every group of tokens, counts of what they owe to the softmax, to recall and to recent words, which begin as
-the calibrated shares of PRIOR tokens. Weights that learn what has been read leave less to recall than those that were calibrated.
+maximisation as it comes: of every group of tokens, counts of what they owe to the softmax, to each word recalled and to recent words, which
+begin as the calibrated shares of PRIOR tokens. Weights that learn what has been read leave less to recall than those that were calibrated.
 
 Source: Krause, Kahembwe, Murray and Renals, "Dynamic evaluation of neural sequence models" (2018), equations 8 to 10, with two
 changes. rms(r) stands in place of a constant epsilon, so that the scale of the loss does not matter. And gradients are cut to
@@ -84,7 +84,7 @@ class _Reader:
         self.offset = torch.zeros((), dtype=torch.int64, device=self.device)
         recall = getattr(self.computing, "recall", None)
         self.shares = None if recall is None else recall.shares  # of recalled and of recent words, per group
-        self.owed = None  # per group: tokens that the softmax, recall and recent words account for
+        self.owed = None  # per group: tokens that the softmax, words recalled and recent words account for
 
     def _open(self, tokens: np.ndarray) -> None:
         self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
@@ -149,9 +149,9 @@ class _Reader:
     @torch.no_grad()
     def _learn_shares(self, x: Pointed, softmax: Tensor, targets: Tensor) -> None:
         """After a segment: what its tokens owe to whom, by the shares they were scored with; x has those already."""
-        hit, recent = x.parts(targets)
-        word, common = x.shares.double().unbind(-1)
-        parts = torch.stack(((1 - word - common) * (-softmax.double()).exp(), word * hit, common * recent), dim=-1)[0]
+        share = x.shares.double()
+        share = torch.cat((1 - share.sum(-1, keepdim=True), share), dim=-1)
+        parts = (share * x.parts((-softmax.double()).exp(), targets))[0]
         parts /= parts.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         self.owed.index_add_(0, x.groups[0], parts)
         self.shares.copy_(self.owed[:, 1:] / self.owed.sum(1, keepdim=True))

@@ -87,26 +87,29 @@ def calibrate(
             features, state = model.features(inputs.to(device), state)
             targets = targets.to(device)
             softmax = (-model.nll(features.x, targets).double()).exp()
-            seen.append(torch.stack((softmax, *(part.double() for part in features.parts(targets))))[:, 0])  # (3, T)
+            # Of a token that nothing expects: as little as float64 can hold.
+            softmax.clamp_(min=torch.finfo(torch.float64).tiny)
+            seen.append(features.parts(softmax, targets)[0])  # (T, C): of the softmax, words recalled, and recent words
             groups.append(features.groups[0])
             bar.update(inputs.shape[1])
-    likely, group = torch.cat(seen, dim=1), torch.cat(groups)
-    # Of a token that nothing expects: as little as float64 can hold.
-    likely[0].clamp_(min=torch.finfo(torch.float64).tiny)
-    shares, mixed = model.recall.shares, likely[0].clone()
+    likely, group = torch.cat(seen), torch.cat(groups)
+    shares, mixed = model.recall.shares, likely[:, 0].clone()
     shares.zero_()
     for index in range(shares.shape[0]):
-        own = likely[:, group == index]
-        if own.shape[1] == 0:
+        own = likely[group == index]
+        if own.shape[0] == 0:
             continue
-        share = torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64, device=own.device)
+        share = torch.full_like(own[0], 0.1 / (own.shape[1] - 1))
+        share[0] = 0.9
         for _ in range(ROUNDS):
-            parts = share[:, None] * own
-            share = (parts / parts.sum(0)).mean(1)
+            share = (own * (share / (own @ share)[:, None])).mean(0)
+        nowhere = (own == own[:, :1]).all(0)  # words that no token of this group recalls: the softmax, by another name
+        share[0] = share[nowhere].sum()
+        share[1:][nowhere[1:]] = 0
         share[0].clamp_(min=1e-6)  # a word that is neither recalled nor recent can always come
         share /= share.sum()
         shares[index] = share[1:]
-        mixed[group == index] = (share[:, None] * own).sum(0)
+        mixed[group == index] = own @ share
     return Score(-mixed.log().mean().item(), mixed.numel())
 
 

@@ -6,7 +6,8 @@ q_t are the probabilities of the next word after x_1 ... x_t, softmax(logits / t
 reads the training text once, as one stream, before the first step; w_t1 ... w_tK are the likeliest K words. What those leave of the
 probability goes to the word of the text. A teacher has read that text many times and is surer of it than of any other, which a
 temperature above 1 makes up for; it is the teacher's alone, the one that learns is asked for plain probabilities. The teachers read the
-text as it is, whatever `--noise` makes of it for the one that learns.
+text as it is, whatever `--noise` makes of it for the one that learns. Of a teacher with recall the softmax alone is asked: words recalled are
+mixed into what the pupil says in their turn, and would count twice.
 
 After: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); that a model of the same size learns more
 from itself than from the text alone: Furlanello, Lipton, Tschannen, Itti and Anandkumar, "Born-again neural networks" (2018).
@@ -102,7 +103,8 @@ def read(
             piece = stream[:, start : start + segment]
             total: Tensor | float = 0.0
             for index, model in enumerate(models):
-                logits, states[index] = model(piece, states[index])
+                x, states[index] = model.features(piece, states[index])
+                logits = model.logits(x if isinstance(x, Tensor) else x.x)
                 total = total + (logits[0].float() / temperature).softmax(-1)  # (T, V)
             likeliest = (total / len(models)).topk(K, dim=-1)
             advice.words[start : start + segment] = likeliest.indices

@@ -56,7 +56,7 @@ def with_recall(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     added = {
         name: torch.zeros(like.shape, dtype=dtype if name.endswith("weight") else torch.float32)
         for name, like in wanted.items()
-        if name.startswith("recall.") and name not in tensors
+        if name.startswith("recall.") and (name not in tensors or tensors[name].shape != like.shape)
     }
     return tensors | added
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from newllm.model.common import State
 from newllm.model.newllm import NewLLM
-from newllm.model.recall import ORDERS, Pointed
+from newllm.model.recall import ORDERS, WORDS, Pointed
 
 
 class RecallStep:
@@ -26,7 +26,8 @@ class RecallStep:
         self.recalled = torch.zeros(rows, ORDERS * E, dtype=dtype, device=device)
         self.base = torch.zeros(rows, E, dtype=dtype, device=device)
         self.fused = device.type == "cuda" and dtype == torch.float32 and find_spec("triton") is not None
-        self.words, self.groups = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind()
+        self.words = torch.zeros(rows, WORDS, dtype=torch.int64, device=device)
+        self.groups = torch.zeros(rows, dtype=torch.int64, device=device)
         self.total = torch.zeros(rows, dtype=dtype, device=device)  # of recent words
         self.pointed: Pointed | None = None
         self.next: State = {}

@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class NewLLM(LanguageModel):
-    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"; with recall `recall.entries` (B, 3, S) int32 (int64 for more than 2^17 words),
+    """State: per layer `layers.<n>.context` (B, K, D) float32, K = 1 but for coupling="hops"; with recall `recall.entries` (B, 3, S, 4) int32 (int64 for more than 2^17 words),
     `recall.tokens` (B, 3) int64 and `recall.recent` (B, V) float32."""
 
     def __init__(self, config: ModelConfig) -> None:

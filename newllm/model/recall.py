@@ -1,21 +1,23 @@
-"""Recall: what followed the last time the text stood at such a place, looked up in tables of fixed size, and which words are recent.
+"""Recall: what followed when the text stood at such a place before, looked up in tables of fixed size, and which words are recent.
 
-For n = 1, 2, 3 a text has a table of S entries. After token x_t the place is the last n tokens; their hash names an entry:
+For n = 1, 2, 3 a text has a table of S entries. After token x_t the place is the last n tokens; their hash names an entry, which holds
+what followed the last VISITS times:
 
-    w_t^n = the token that followed when the same n tokens were last seen, or none         read
-    entry(x_{t-n} ... x_{t-1}) := x_t                                                      written, before that
-    c_t   = d c_{t-1} + onehot(x_t),   u_t = c_t / sum(c_t),   d = 2^(-1/100)              decayed counts of words
+    w_t^nk = the token that followed when the same n tokens were seen for the k-th time before, k = 1 the last, or none       read
+    entry(x_{t-n} ... x_{t-1}) := x_t, and what it held, but for the oldest                                                   written, before that
+    c_t    = d c_{t-1} + onehot(x_t),   u_t = c_t / sum(c_t),   d = 2^(-1/100)                                                decayed counts of words
 
-    x = E[x_t] + W [E[w_t^1] ; E[w_t^2] ; E[w_t^3]] + F[flags_t]                           what the first layer reads
-    p(x_{t+1}) = (1 - s - m) softmax(logits_t) + s [x_{t+1} = w_t^n] + m u_t[x_{t+1}]      where a model is used, not where it is trained
+    x = E[x_t] + W [E[w_t^11] ; E[w_t^21] ; E[w_t^31]] + F[flags_t]                                what the first layer reads
+    p(x_{t+1}) = (1 - sum_nk s_nk - m) softmax(logits_t) + sum_nk s_nk [x_{t+1} = w_t^nk] + m u_t[x_{t+1}]    where a model is used, not trained
 
-flags_t are six bits: which w_t^n there are, and which of w_{t-1}^n turned out right, x_t = w_{t-1}^n. In the last line n is the largest
-that recalls anything; s and m are two of thirteen numbers, by n (or none) and by whether w_{t-1}^n was right. They are not trained but set so
-that the validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth time a model needs no recall, and what
-it learns there of when to believe it is too little for a new one.
+flags_t are six bits: which w_t^n1 there are, and which of w_{t-1}^n1 turned out right, x_t = w_{t-1}^n1. In the last line the sums are over the
+words that there are; s and m are numbers by g_t, the largest n that recalls anything (or none) and whether w_{t-1}^n1 was right: seven times
+thirteen. They are not trained but set so that the validation text is likeliest (`newllm.evaluation.calibrate`): on a text it reads for the tenth
+time a model needs no recall, and what it learns there of when to believe it is too little for a new one.
 
-Reading and writing cost the same at every token. A table holds the latest S places or fewer: a place that hashes to an entry in use takes
-it over. An entry keeps 14 further bits of its place's hash, so that another place that reads it finds nothing, but for one in 16,384.
+Reading and writing cost the same at every token. A table holds the latest S places or fewer: a place that hashes to an entry in use pushes out
+what it held. What followed is kept with 14 further bits of its place's hash, so that another place that reads it finds nothing, but for one in
+16,384.
 
 Contexts are what a model makes of a text, and lose the letter of it; attention wins by looking up names and phrases that stand in its
 window (docs/model.md). After the match model of Mahoney's PAQ compressors ("Adaptive weighing of context models for lossless data
@@ -34,6 +36,8 @@ from newllm.config import ModelConfig
 from newllm.model.common import NONE, Embedding
 
 ORDERS = 3  # n from 1 to this many tokens
+VISITS = 4  # k from 1 to this many times
+WORDS = ORDERS * VISITS  # recalled at a token
 # Of an entry: the token that followed, and a piece of its place's hash. Vocabularies beyond 2^17 take entries of 64 bits.
 TOKEN_BITS, TAG_BITS = {torch.int32: 17, torch.int64: 48}, 14
 
@@ -48,12 +52,12 @@ CHUNK = 256  # tokens whose recent words are counted at once
 def initial_tables(
     batch_size: int, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The state of a text that has not begun: entries (B, ORDERS, S) int32 or int64, the last ORDERS tokens (B, ORDERS) int64, the latest last, and
+    """The state of a text that has not begun: entries (B, ORDERS, S, VISITS) int32 or int64, the last ORDERS tokens (B, ORDERS) int64, the latest last, and
     decayed counts (B, V)."""
     entry = torch.int32 if config.vocab_size <= 2 ** TOKEN_BITS[torch.int32] else torch.int64
     return {
         "recall.recent": torch.zeros(batch_size, config.vocab_size, dtype=dtype, device=device),
-        "recall.entries": torch.full((batch_size, ORDERS, config.recall), NONE, dtype=entry, device=device),
+        "recall.entries": torch.full((batch_size, ORDERS, config.recall, VISITS), NONE, dtype=entry, device=device),
         "recall.tokens": torch.full((batch_size, ORDERS), NONE, dtype=torch.int64, device=device),
     }
 
@@ -95,8 +99,8 @@ def neighbours(slots: Tensor) -> tuple[Tensor, Tensor]:
 def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Walk through tokens (B, T) int64 from a state.
 
-    Returns w (B, T, ORDERS) int64, NONE where nothing is recalled; whether the word recalled a step before was right, bool of the same
-    shape; and the new state.
+    Returns w (B, T, ORDERS, VISITS) int64, NONE where nothing is recalled; whether the word that each order recalled last was right a step
+    before, bool (B, T, ORDERS); and the new state.
     """
     if tokens.shape[1] == 1 and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         return _recall_one(tokens, state)
@@ -107,23 +111,35 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     follows = text[:, None, ORDERS:]  # (B, 1, T) of all places but the last
     written = (tags[..., :-1] << bits) | follows
     before, after = neighbours(slots)
-    # Of the places that have an entry, each reads what the one before wrote, the first what the table had.
-    had = torch.cat((entries, entries[..., :1]), dim=-1).gather(-1, slots).long()
-    wrote = torch.cat((written, written[..., :1]), dim=-1).gather(-1, before.clamp(min=0))
-    read = torch.where(before >= 0, wrote, had)
-    found = known & (read >= 0) & (read >> bits == tags)
-    words = torch.where(found, read & (2**bits - 1), NONE)  # (B, ORDERS, 1 + T)
-    right = words[..., :-1] == follows
+    visits = [
+        before
+    ]  # of every place the last ones before it that have its entry: (B, ORDERS, 1 + T) each, -1 where there is none
+    for _ in range(VISITS - 1):
+        earlier = before.gather(-1, visits[-1].clamp(min=0))
+        visits.append(torch.where(visits[-1] >= 0, earlier, -1))
+    visit = torch.stack(visits, dim=-1)
+    # A place reads what those wrote, then what the table had.
+    inside = visit >= 0
+    row = slots[..., None].expand(*slots.shape, VISITS)
+    table = torch.cat((entries, entries[:, :, :1]), dim=2)  # one row more, for places without an entry
+    older = torch.arange(VISITS, device=tokens.device) - inside.sum(-1, keepdim=True)
+    had = table.gather(2, row).gather(-1, older.clamp(min=0)).long()
+    wrote = torch.cat((written, written[..., :1]), dim=-1).gather(-1, visit.clamp(min=0).flatten(-2)).view(visit.shape)
+    read = torch.where(inside, wrote, had)
+    found = known[..., None] & (read >= 0) & (read >> bits == tags[..., None])
+    words = torch.where(found, read & (2**bits - 1), NONE)  # (B, ORDERS, 1 + T, VISITS)
+    right = words[..., :-1, 0] == follows
     # The last to write an entry leaves it; the others, and places without one, write beyond the table.
     T = tokens.shape[1]
     leaves = torch.where(after[..., :-1] >= T, slots[..., :-1], S)
-    beyond = torch.cat((entries, entries[..., :1]), dim=-1).scatter(-1, leaves, written.to(entries.dtype))
+    left = torch.cat((written[..., None], read[..., :-1, : VISITS - 1]), dim=-1).to(entries.dtype)
+    beyond = table.scatter(2, leaves[..., None].expand(left.shape), left)
     new = {
         "recall.recent": count(tokens, state["recall.recent"]),
-        "recall.entries": beyond[..., :S].contiguous(),
+        "recall.entries": beyond[:, :, :S].contiguous(),
         "recall.tokens": text[:, -ORDERS:].contiguous(),
     }
-    return words[..., 1:].transpose(1, 2), right.transpose(1, 2), new
+    return words[..., 1:, :].transpose(1, 2), right.transpose(1, 2), new
 
 
 def _recall_one(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -135,20 +151,22 @@ def _recall_one(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tenso
     table, read = after.numpy(), text.numpy()
     rows, token = np.arange(read.shape[0]), read[:, -1]
     hashes, known = np.zeros((read.shape[0], 2), np.int64), True
-    words = np.full((read.shape[0], 1, ORDERS), NONE)
-    right = np.zeros(words.shape, np.bool_)
+    words = np.full((read.shape[0], 1, ORDERS, VISITS), NONE)
+    right = np.zeros(words.shape[:3], np.bool_)
     for n in range(ORDERS):
         of = read[:, ORDERS - 1 - n : ORDERS + 1 - n]  # (B, 2): of the place before the token, and of the one after it
         hashes, known = (hashes + of + 1) * MIX, known & (of != NONE)
         mixed = (hashes ^ (hashes >> 32)) * FINISH
         tags, slots = (mixed >> 16) & (2**TAG_BITS - 1), ((mixed >> 32) & (2**31 - 1)) % S
-        had = table[rows, n, slots[:, 0]].astype(np.int64)
-        right[:, 0, n] = known[:, 0] & (had == (tags[:, 0] << bits | token))
+        written = tags[:, 0] << bits | token
         here = known[:, 0]
-        table[rows[here], n, slots[here, 0]] = tags[here, 0] << bits | token[here]
+        had = table[rows, n, slots[:, 0]]  # (B, VISITS), a copy
+        right[:, 0, n] = here & (had[:, 0] == written)
+        had = np.concatenate((written[:, None].astype(had.dtype), had[:, :-1]), axis=1)
+        table[rows[here], n, slots[here, 0]] = had[here]
         found = table[rows, n, slots[:, 1]].astype(np.int64)
-        there = known[:, 1] & (found >= 0) & (found >> bits == tags[:, 1])
-        words[there, 0, n] = found[there] & (2**bits - 1)
+        there = known[:, 1, None] & (found >= 0) & (found >> bits == tags[:, 1, None])
+        words[:, 0, n] = np.where(there, found & (2**bits - 1), NONE)
     new = {
         "recall.recent": count(tokens, state["recall.recent"]),
         "recall.entries": after,
@@ -200,8 +218,8 @@ def recent_shares(tokens: Tensor, recent: Tensor, targets: Tensor | None = None)
 
 
 class Pointed(NamedTuple):
-    """Features x (B, T, F), and what is beside the softmax that they give: the word recalled (B, T) int64, NONE for none, an index of the
-    shares (B, T), the shares of that word and of recent words (B, T, 2), the tokens read (B, T) and the counts (B, V) before them."""
+    """Features x (B, T, F), and what is beside the softmax that they give: the words recalled (B, T, WORDS) int64, NONE for none, an index of the
+    shares (B, T), the shares of those words and of recent words (B, T, WORDS + 1), the tokens read (B, T) and the counts (B, V) before them."""
 
     x: Tensor
     words: Tensor
@@ -210,16 +228,26 @@ class Pointed(NamedTuple):
     tokens: Tensor
     recent: Tensor
 
-    def parts(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of targets (B, T): whether they are what was recalled, and what they are of the recent words, u."""
-        return self.words == targets, recent_shares(self.tokens, self.recent, targets)
+    def parts(self, softmax: Tensor, targets: Tensor) -> Tensor:
+        """The probability that each says targets (B, T) have: the softmax, whose is given (B, T), every word recalled, recent words. (B, T, 2 + WORDS)
+        float64. What the share of a word that is not there stands for is the softmax."""
+        softmax = softmax.double()[..., None]
+        words = torch.where(self.words == NONE, softmax, (self.words == targets[..., None]).double())
+        recent = recent_shares(self.tokens, self.recent, targets).double()
+        return torch.cat((softmax, words, recent[..., None]), dim=-1)
+
+    def _split(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Shares of the words that there are (B, T, WORDS), and of recent words (B, T)."""
+        shares = self.shares.to(dtype)
+        return shares[..., :WORDS] * (self.words != NONE), shares[..., WORDS]
 
     def mixed(self, nll: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood (B, T) by the softmax -> by all of it."""
-        word, recent = self.shares.to(nll.dtype).unbind(-1)
-        hit, u = self.parts(targets)
-        rest = torch.log1p(-word - recent) - nll
-        return -torch.logaddexp(rest, (word * hit + recent * u.to(nll.dtype)).log())
+        word, recent = self._split(nll.dtype)
+        u = recent_shares(self.tokens, self.recent, targets).to(nll.dtype)
+        rest = torch.log1p(-word.sum(-1) - recent) - nll
+        others = (word * (self.words == targets[..., None])).sum(-1) + recent * u
+        return -torch.logaddexp(rest, others.log())
 
     def mixed_logits(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (B, T, V) of the softmax -> logarithms of probabilities by all of it.
@@ -228,11 +256,12 @@ class Pointed(NamedTuple):
         with the same shares. Sharpened with the rest, recall of what a model has just written itself would be written once more, and again.
         """
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        word, recent = self.shares.to(wide)[..., None].unbind(-2)  # (B, T, 1) each
-        others = recent * recent_shares(self.tokens, self.recent).to(wide)
-        others = others.scatter_add(-1, self.words.clamp(min=0)[..., None], word)  # 0 where there is no word
+        word, recent = self._split(wide)
+        others = recent[..., None] * recent_shares(self.tokens, self.recent).to(wide)
+        others = others.scatter_add(-1, self.words.clamp(min=0), word)  # 0 where there is no word
         softmax = (logits.to(wide) / temperature).log_softmax(-1)
-        return torch.logaddexp(softmax + torch.log1p(-word - recent), others.log()) * temperature
+        rest = torch.log1p(-word.sum(-1) - recent)[..., None]
+        return torch.logaddexp(softmax + rest, others.log()) * temperature
 
 
 class Recall(nn.Module):
@@ -246,7 +275,7 @@ class Recall(nn.Module):
         self.flags = nn.Embedding(4**ORDERS, config.embed_dim)
         self.forgets = config.recall_dropout
         # s and m, where no word is recalled (s is 0), then of n = 1, 2, 3, whose last word was wrong or right.
-        self.register_buffer("shares", torch.zeros(1 + 2 * ORDERS, 2))
+        self.register_buffer("shares", torch.zeros(1 + 2 * ORDERS, WORDS + 1))
         nn.init.zeros_(self.out.weight)  # a model begins as one without
         nn.init.zeros_(self.flags.weight)
 
@@ -264,7 +293,8 @@ class Recall(nn.Module):
     ) -> tuple[Tensor, Tensor, Pointed, dict[str, Tensor]]:
         """What `forward` adds up, before the product: E[x] + F[flags] (B, T, E) and the recalled words' embeddings (B, T, 3 E), which are in
         the place of the features too; the new state."""
-        words, right, new = recall(tokens, state)
+        every, right, new = recall(tokens, state)
+        words = every[..., 0]  # of the last visits (B, T, ORDERS)
         if self.training and self.forgets > 0:
             words = torch.where(torch.rand(words.shape, device=words.device) < self.forgets, NONE, words)
         found = words != NONE
@@ -275,8 +305,7 @@ class Recall(nn.Module):
         flags = (torch.cat((found, right), dim=-1) * bits).sum(-1)
         base, recalled = embedded[..., 0, :] + self.flags(flags), recalled.flatten(-2)
         longest = (found * torch.arange(1, ORDERS + 1, device=tokens.device)).amax(-1)  # n, or 0
-        at = longest.sub(1).clamp(min=0)[..., None]
-        word, was_right = words.gather(-1, at)[..., 0], right.gather(-1, at)[..., 0]
+        was_right = right.gather(-1, longest.sub(1).clamp(min=0)[..., None])[..., 0]
         groups = torch.where(longest > 0, 2 * longest - 1 + was_right, 0)
-        pointed = Pointed(recalled, word, groups, self.shares[groups], tokens, state["recall.recent"])
+        pointed = Pointed(recalled, every.flatten(-2), groups, self.shares[groups], tokens, state["recall.recent"])
         return base, recalled, pointed, new

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from newllm.model.recall import DECAY, FINISH, MIX, NONE, TAG_BITS, TOKEN_BITS
+from newllm.model.recall import DECAY, FINISH, MIX, NONE, TAG_BITS, TOKEN_BITS, VISITS, WORDS
 
 MOST = 32768  # columns in work at a time
 
@@ -35,36 +35,40 @@ def _place(first, second, third, n: tl.constexpr, S, MULTIPLIER: tl.constexpr, L
 @triton.jit
 def _look_up(
     tokens, entries, last, embedding, flag_embedding, recalled, base, words, groups, S, E,
-    BITS: tl.constexpr, TAG: tl.constexpr, MULTIPLIER: tl.constexpr, LAST: tl.constexpr, NOTHING: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, TAG: tl.constexpr, MULTIPLIER: tl.constexpr, LAST: tl.constexpr, NOTHING: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x = tl.load(tokens + row)
     third, second, first = tl.load(last + 3 * row), tl.load(last + 3 * row + 1), tl.load(last + 3 * row + 2)
-    k = tl.arange(0, BLOCK)
+    k, visit = tl.arange(0, BLOCK), tl.arange(0, K)
     inside = k < E
-    word, group, flags = tl.full((), NOTHING, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    group, flags = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     for n in tl.static_range(1, 4):
-        table = entries + (3 * row + n - 1) * S
+        table = entries + (3 * row + n - 1) * S * K
         before, tag_before, known_before = _place(first, second, third, n, S, MULTIPLIER, LAST, TAG)
         now, tag_now, known_now = _place(x, first, second, n, S, MULTIPLIER, LAST, TAG)
-        had = tl.load(table + before).to(tl.int64)
-        read = tl.load(table + now).to(tl.int64)
         written = (tag_before << BITS) | x
-        read = tl.where(known_before & (before == now), written, read)
-        right = known_before & (had >= 0) & (had >> BITS == tag_before) & ((had & ((1 << BITS) - 1)) == x)
-        found = known_now & (read >= 0) & (read >> BITS == tag_now)
-        what = tl.where(found, read & ((1 << BITS) - 1), NOTHING)
+        right = known_before & (tl.load(table + before * K).to(tl.int64) == written)
+        older = tl.load(table + before * K + visit - 1, visit > 0, 0).to(tl.int64)
+        left = tl.where(visit == 0, written, older)
+        read = tl.load(table + now * K + visit).to(tl.int64)
+        read = tl.where(known_before & (before == now), left, read)
+        last_read = tl.load(table + now * K).to(tl.int64)
+        last_read = tl.where(known_before & (before == now), written, last_read)
+        found = known_now & (last_read >= 0) & (last_read >> BITS == tag_now)
         tl.debug_barrier()  # every warp has read before one writes
-        tl.store(table + before, written.to(entries.dtype.element_ty), known_before)
+        tl.store(table + before * K + visit, left.to(entries.dtype.element_ty), visit < tl.where(known_before, K, 0))
+        there = (read >= 0) & (read >> BITS == tag_now) & (visit < tl.where(known_now, K, 0))
+        tl.store(words + (3 * row + n - 1) * K + visit, tl.where(there, read & ((1 << BITS) - 1), NOTHING))
         flags += found.to(tl.int64) * (1 << (n - 1)) + right.to(tl.int64) * (1 << (n + 2))
-        word = tl.where(found, what, word)
         group = tl.where(found, 2 * n - 1 + right.to(tl.int64), group)
-        value = tl.load(embedding + tl.maximum(what, 0) * E + k, k < tl.where(found, E, 0), 0.0)
+        word = last_read & ((1 << BITS) - 1)
+        value = tl.load(embedding + tl.where(found, word, 0) * E + k, k < tl.where(found, E, 0), 0.0)
         tl.store(recalled + (3 * row + n - 1) * E + k, value.to(tl.float32), inside)
     value = tl.load(embedding + x * E + k, inside, 0.0).to(tl.float32)
     value += tl.load(flag_embedding + flags * E + k, inside, 0.0).to(tl.float32)
     tl.store(base + row * E + k, value, inside)
-    tl.store(words + row, word)
     tl.store(groups + row, group)
     tl.store(last + 3 * row, second)
     tl.store(last + 3 * row + 1, first)
@@ -73,13 +77,17 @@ def _look_up(
 
 @triton.jit
 def _mix(
-    logits, tokens, words, groups, shares, recent, total, temperature, V, DECAYS: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, tokens, words, groups, shares, recent, total, temperature, V, N: tl.constexpr, DECAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * V
-    x, word, group = tl.load(tokens + row), tl.load(words + row), tl.load(groups + row)
-    said = tl.load(shares + 2 * group).to(tl.float32)
-    common = tl.load(shares + 2 * group + 1).to(tl.float32)
+    x = tl.load(tokens + row)
+    own = shares + (N + 1) * tl.load(groups + row)
+    common = tl.load(own + N).to(tl.float32)
+    said = 0.0
+    for n in tl.static_range(N):
+        said += tl.where(tl.load(words + N * row + n) >= 0, tl.load(own + n).to(tl.float32), 0.0)
     whole = tl.load(total + row) * DECAYS + 1.0
     highest, sum_ = -3e38, 0.0  # finite: -inf less -inf is not a number
     for start in range(0, V, BLOCK):
@@ -95,7 +103,9 @@ def _mix(
         count = tl.load(recent + at + k, inside, 0.0) * DECAYS + tl.where(k == x, 1.0, 0.0)
         tl.store(recent + at + k, count, inside)
         softmax = tl.load(logits + at + k, inside, -float("inf")) / temperature + rest
-        others = common * (count / whole) + tl.where(k == word, said, 0.0)
+        others = common * (count / whole)
+        for n in tl.static_range(N):  # no column is that of a word that is not there
+            others += tl.where(k == tl.load(words + N * row + n), tl.load(own + n).to(tl.float32), 0.0)
         log_others = tl.log(tl.where(others > 0, others, 1.0))
         both = tl.maximum(softmax, log_others) + tl.log(1.0 + tl.exp(-tl.abs(softmax - log_others)))
         mixed = tl.where(others > 0, both, softmax)
@@ -108,15 +118,16 @@ def look_up(
     tokens: Tensor, entries: Tensor, last: Tensor, embedding: Tensor, flags: Tensor, recalled: Tensor, base: Tensor,
     words: Tensor, groups: Tensor,
 ) -> None:  # fmt: skip
-    """Read tokens (B,) into entries (B, 3, S) and last (B, 3), and write what is recalled then.
+    """Read tokens (B,) into entries (B, 3, S, VISITS) and last (B, 3), and write what is recalled then.
 
-    embedding (V, E) and flags (64, E) -> recalled (B, 3, E) float32, zeros where there is no word; base (B, E) float32, E[x] + F[flags];
-    words (B,) int64, the longest place's; groups (B,) int64, the index of its shares.
+    embedding (V, E) and flags (64, E) -> recalled (B, 3, E) float32, the words of the last visits, zeros where there is none; base (B, E)
+    float32, E[x] + F[flags]; words (B, WORDS) int64; groups (B,) int64, the index of their shares.
     """
     E = embedding.shape[1]
     _look_up[(tokens.shape[0],)](
         tokens, entries, last, embedding, flags, recalled, base, words, groups, entries.shape[2], E,
-        BITS=TOKEN_BITS[entries.dtype], TAG=TAG_BITS, MULTIPLIER=MIX, LAST=FINISH, NOTHING=NONE, BLOCK=triton.next_power_of_2(E),
+        BITS=TOKEN_BITS[entries.dtype], TAG=TAG_BITS, MULTIPLIER=MIX, LAST=FINISH, NOTHING=NONE, K=VISITS,
+        BLOCK=triton.next_power_of_2(E),
         num_warps=4,
     )  # fmt: skip
 
@@ -128,6 +139,6 @@ def mix(
     """logits (B, V) float32 become what `Pointed.mixed_logits` says; recent (B, V) float32 and its sums total (B,) move on by tokens (B,)."""
     B, V = logits.shape
     _mix[(B,)](
-        logits, tokens, words, groups, shares, recent, total, temperature, V, DECAYS=DECAY,
+        logits, tokens, words, groups, shares, recent, total, temperature, V, N=WORDS, DECAYS=DECAY,
         BLOCK=min(triton.next_power_of_2(V), MOST), num_warps=32 if V > 8192 else 8 if V > 1024 else 1,
     )  # fmt: skip

@@ -192,7 +192,7 @@ def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
     assert all(run["tokens_per_s"] > 0 for run in runs.values())
     # Two layers, each with one context of 256 float32, and recall's tables of 4,096, tokens and counts; or three with keys and values of
     # 15 tokens, 192 wide, and the position.
-    assert runs["newllm", 2, None]["state_bytes"] == 2 * (2 * 256 * 4 + 3 * 4096 * 4 + 3 * 8 + 2048 * 4)
+    assert runs["newllm", 2, None]["state_bytes"] == 2 * (2 * 256 * 4 + 3 * 4096 * 4 * 4 + 3 * 8 + 2048 * 4)
     assert runs["transformer", 1, 16]["state_bytes"] == 3 * 2 * 15 * 192 * 4 + 8
     assert report.generation_table(content) in printed
     assert report.main([str(path)]) == 0

@@ -53,8 +53,7 @@ def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: in
             p.add_(0.2 * torch.randn_like(p))
         model.embedding.weight.mul_(0.5 / model.embedding.weight.std())
         if getattr(model, "recall", None) is not None:
-            model.recall.shares.uniform_(0.05, 0.45)
-            model.recall.shares[0, 0] = 0
+            model.recall.shares.uniform_(0.005, 0.07)
     return model.to(dtype).eval()
 
 

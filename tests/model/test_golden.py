@@ -62,7 +62,7 @@ def test_recurrent_state_has_constant_size_and_is_float32(name):
     model = make_model(config, torch.float32)
     _, states = feed(model, make_tokens(2, 19), [1, 1, 4, 13])
     vectors = config.hops * (config.num_layers if config.architecture == "newllm" else 1)
-    tables = 3 * (4 * config.recall + 8) + 4 * VOCAB if config.recall else 0  # entries, the last tokens, counts
+    tables = 3 * (4 * 4 * config.recall + 8) + 4 * VOCAB if config.recall else 0  # entries, the last tokens, counts
     for state in [model.initial_state(2), *states]:
         assert state_bytes(state) == 2 * (vectors * config.context_dim * 4 + tables)
         assert all(value.shape[0] == 2 for value in state.values())

@@ -20,6 +20,8 @@ from newllm.model.recall import (
     DECAY,
     NONE,
     ORDERS,
+    VISITS,
+    WORDS,
     Recall,
     count,
     initial_tables,
@@ -34,22 +36,23 @@ def tables(batch_size: int, entries: int, device: str = "cpu") -> dict[str, torc
 
 
 def by_hand(tokens: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """w and whether the last one was right, (B, T, ORDERS) each, one token after the other."""
-    words = torch.full((*tokens.shape, ORDERS), NONE)
-    right = torch.zeros(words.shape, dtype=torch.bool)
+    """w (B, T, ORDERS, VISITS) and whether the last one was right (B, T, ORDERS), one token after the other."""
+    words = torch.full((*tokens.shape, ORDERS, VISITS), NONE)
+    right = torch.zeros(words.shape[:3], dtype=torch.bool)
     for b, row in enumerate(tokens.tolist()):
         tables = [{} for _ in range(ORDERS)]
         for t, token in enumerate(row):
             for n in range(1, ORDERS + 1):
                 table = tables[n - 1]
                 if t >= n:
-                    place = slot_and_tag(row[t - n : t], entries)
-                    right[b, t, n - 1] = words[b, t - 1, n - 1] == token
-                    table[place[0]] = (place[1], token)
+                    slot, tag = slot_and_tag(row[t - n : t], entries)
+                    right[b, t, n - 1] = words[b, t - 1, n - 1, 0] == token
+                    table[slot] = [(tag, token), *table.get(slot, [])][:VISITS]
                 if t + 1 >= n:
                     slot, tag = slot_and_tag(row[t + 1 - n : t + 1], entries)
-                    if table.get(slot, (None,))[0] == tag:
-                        words[b, t, n - 1] = table[slot][1]
+                    for k, (other, followed) in enumerate(table.get(slot, [])):
+                        if other == tag:
+                            words[b, t, n - 1, k] = followed
     return words, right
 
 
@@ -87,6 +90,8 @@ def test_a_phrase_is_recalled_after_one_two_and_three_of_its_tokens():
     phrase = [11, 5, 7, 3, 2]
     tokens = torch.tensor([[*phrase, 20, 21, *phrase]])
     words, right, _ = recall(tokens, tables(1, 1000))
+    assert (words[..., 1:] == NONE).all()  # nothing came twice before
+    words = words[..., 0]
     assert words[0, 7].tolist() == [5, NONE, NONE]  # after the first token of it, again
     assert words[0, 8].tolist() == [7, 7, NONE]
     assert words[0, 9].tolist() == [3, 3, 3]
@@ -94,9 +99,12 @@ def test_a_phrase_is_recalled_after_one_two_and_three_of_its_tokens():
     assert right[0, 10].tolist() == [True, True, True]
 
 
-def test_what_followed_last_counts():
-    tokens = torch.tensor([[4, 1, 4, 2, 4]])
-    assert recall(tokens, tables(1, 1000))[0][0, :, 0].tolist() == [NONE, NONE, 1, NONE, 2]
+def test_what_followed_last_comes_first():
+    tokens = torch.tensor([[4, 1, 4, 2, 4, 2, 4, 3, 4, 5, 4]])
+    words = recall(tokens, tables(1, 1000))[0][0, :, 0].tolist()
+    assert [row[0] for row in words] == [NONE, NONE, 1, NONE, 2, 4, 2, NONE, 3, NONE, 5]
+    assert words[6] == [2, 2, 1, NONE]
+    assert words[10] == [5, 3, 2, 2]  # of five visits the last four
 
 
 def test_places_spread_over_the_table():
@@ -143,13 +151,16 @@ def test_probabilities_sum_to_one_and_losses_are_theirs(name):
     for t in range(59):
         counts = DECAY * counts + torch.nn.functional.one_hot(tokens[:, t], VOCAB)
         for row in range(2):
-            n = max((n for n in range(1, ORDERS + 1) if words[row, t, n - 1] != NONE), default=0)
+            n = max((n for n in range(1, ORDERS + 1) if words[row, t, n - 1, 0] != NONE), default=0)
             index = 0 if n == 0 else 2 * n - 1 + int(right[row, t, n - 1])
-            word, recent = model.recall.shares[index]
-            p = (1 - word - recent) * softmax[row, t] + recent * counts[row] / counts[row].sum()
-            if n:
-                p[words[row, t, n - 1]] += word
-            torch.testing.assert_close(logs[row, t].exp(), p)
+            shares = model.recall.shares[index].tolist()
+            p = shares[-1] * counts[row] / counts[row].sum()
+            left = 1 - shares[-1]
+            for word, share in zip(words[row, t].flatten().tolist(), shares, strict=False):
+                if word != NONE:
+                    p[word] += share
+                    left -= share
+            torch.testing.assert_close(logs[row, t].exp(), p + left * softmax[row, t])
             seen.add(index)
     assert len(seen) >= 4
 
@@ -194,13 +205,13 @@ def test_calibrated_shares_are_the_likeliest():
     score = calibrate(model, tokens)
     assert evaluate(model, tokens).loss == pytest.approx(score.loss, rel=1e-6)
     best = model.recall.shares.clone()
-    assert best[0, 0] == 0  # where no word is recalled it gets nothing
+    assert (best[0, :-1] == 0).all()  # where no word is recalled it gets nothing
     assert (best > 0.01).sum() >= 4
     for index in range(best.numel()):
         for step in (-0.02, 0.02):
             other = best.clone()
             other.view(-1)[index] = (best.view(-1)[index] + step).clamp(min=0)
-            if index and other.sum(1).max() < 1:
+            if other.sum(1).max() < 1 and not (index < WORDS and step > 0):
                 model.recall.shares.copy_(other)
                 assert evaluate(model, tokens).loss >= score.loss - 1e-7
     model.recall.shares.copy_(best)
@@ -257,7 +268,7 @@ def test_the_last_token_of_a_large_vocabulary_is_kept(vocab_size, dtype):
     state = initial_tables(1, ModelConfig(vocab_size=vocab_size, recall=100), "cpu")
     assert state["recall.entries"].dtype == dtype
     tokens = torch.tensor([[last, last, last, 3, last, last, last]])
-    words = recall(tokens, state)[0]
+    words = recall(tokens, state)[0][..., 0]
     assert words[0, 1].tolist() == [last, NONE, NONE]
     assert words[0, 6].tolist() == [last, last, 3]
 
@@ -267,12 +278,9 @@ def test_a_temperature_sharpens_the_softmax_and_not_what_is_recalled():
     model, tokens, T = make_model(WALK["newllm-recall1000"]), make_tokens(2, 60) % 3, 0.7
     features, _ = model.features(tokens)
     tempered = (model(tokens, temperature=T)[0] / T).softmax(-1)
-    softmax = (model.logits(features.x) / T).softmax(-1)
-    want = (1 - features.shares.sum(-1, keepdim=True)) * softmax
-    plain = model.logits(features).exp() - (1 - features.shares.sum(-1, keepdim=True)) * model.logits(
-        features.x
-    ).softmax(-1)
-    torch.testing.assert_close(tempered, want + plain)
+    left = (features.shares * torch.cat((features.words != NONE, torch.ones(2, 60, 1)), dim=-1)).sum(-1, keepdim=True)
+    softmax, sharper = ((model.logits(features.x) / by).softmax(-1) for by in (1, T))
+    torch.testing.assert_close(tempered, model.logits(features).exp() + (1 - left) * (sharper - softmax))
     decoder = make_decoder(model, 2)
     decoder.temperature = T
     for t in range(10):
@@ -311,8 +319,8 @@ def test_kernels_of_a_token_are_what_the_model_does(entries, vocab_size, dtype, 
     module, embedding = Recall(config), Embedding(vocab_size, 12, 0.0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
-    module.shares.uniform_(0.05, 0.4)
-    module.shares[0, 0], module.shares[3] = 0, 0
+    module.shares.uniform_(0.0, 0.07)
+    module.shares[3] = 0
     module, embedding = module.to(device, dtype), embedding.to(device, dtype)
     T = 12 if vocab_size > 5 else 40
     tokens = (torch.randint(4, (3, T + 9)) * (vocab_size - 1) // 3).to(device)
@@ -321,7 +329,7 @@ def test_kernels_of_a_token_are_what_the_model_does(entries, vocab_size, dtype, 
     entries_, last, recent = (state[f"recall.{name}"].clone() for name in ("entries", "tokens", "recent"))
     total = recent.sum(1)
     recalled, base = torch.empty(3, 3 * 12, device=device), torch.empty(3, 12, device=device)
-    words, groups = torch.empty(2, 3, dtype=torch.int64, device=device).unbind()
+    words, groups = (torch.empty(shape, dtype=torch.int64, device=device) for shape in ((3, WORDS), (3,)))
     seen = set()
     for token in tokens[:, 9:].T.contiguous():
         want_base, want_recalled, pointed, state = module.parts(token[:, None], embedding, state)

@@ -14,6 +14,7 @@ from newllm.dynamic import dynamic_losses
 from newllm.errors import UserError
 from newllm.evaluation import token_losses
 from newllm.model import build_model
+from newllm.model.recall import NONE, recent_shares
 
 MODEL = ModelConfig(vocab_size=17, embed_dim=12, context_dim=12, num_layers=1, ffn_dim=16, fnn_layers=0, dropout=0.3)
 MODELS = {
@@ -107,8 +108,7 @@ def test_shares_of_recall_learn_what_is_owed_to_whom():
     """Weights that stand still: what changes from segment to segment are the shares, here by hand."""
     model = noisy(dataclasses.replace(MODEL, recall=100)).eval()
     with torch.no_grad():
-        model.recall.shares.uniform_(0.05, 0.3)
-        model.recall.shares[0, 0] = 0
+        model.recall.shares.uniform_(0.01, 0.07)
     tokens, T = text(120, 1) % 5, 16  # places that come again
     got = dynamic_losses(model, tokens, text(100, 0), lr=1e-30, decay=0.0, segment=T)
     shares = model.recall.shares.double()
@@ -120,12 +120,15 @@ def test_shares_of_recall_learn_what_is_owed_to_whom():
         inputs = inputs[:, : targets.shape[1]]
         with torch.no_grad():
             x, state = model.features(inputs, state)
-            softmax, (hit, recent) = (-model.nll(x.x, targets)).exp().double(), x.parts(targets)
+            softmax = (-model.nll(x.x, targets)).exp().double()
+            recent = recent_shares(x.tokens, x.recent, targets).double()
         now = owed / owed.sum(1, keepdim=True)
         for t in range(targets.shape[1]):
             group = int(x.groups[0, t])
             groups.add(group)
-            parts = now[group] * torch.stack((softmax[0, t], hit[0, t].double(), recent[0, t].double()))
+            model_says, next_word = softmax[0, t].item(), targets[0, t].item()
+            words = [model_says if word == NONE else float(word == next_word) for word in x.words[0, t].tolist()]
+            parts = now[group] * torch.tensor([model_says, *words, recent[0, t].item()], dtype=torch.float64)
             want.append(-parts.sum().log().item())
             owed[group] += parts / parts.sum()
     np.testing.assert_allclose(got, want, rtol=1e-4)

@@ -19,6 +19,7 @@ from newllm.training_config import TrainingConfig
 V = 20
 MODEL = ModelConfig(vocab_size=V, embed_dim=12, context_dim=12, num_layers=2, ffn_dim=16, fnn_layers=0)
 TRANSFORMER = dataclasses.replace(MODEL, architecture="transformer", num_heads=2, max_seq_len=8)
+RECALL = dataclasses.replace(MODEL, recall=60)
 CONFIG = TrainingConfig(
     steps=12, batch_size=4, segment=8, lr=1e-2, warmup=3, eval_every=4, eval_tokens=64, checkpoint_every=5, log_every=2,
     teacher_share=0.5, teacher_words=6, device="cpu", threads=1,
@@ -35,6 +36,9 @@ def a_teacher(seed=0, config=MODEL):
     model = build_model(config).eval()
     with torch.no_grad():
         model.embedding.weight.mul_(2)
+        if config.recall:
+            model.recall.out.weight.normal_()
+            model.recall.shares.fill_(0.07)
     return model
 
 
@@ -46,14 +50,18 @@ def trainer(folder, teachers, **changes):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("config", [MODEL, TRANSFORMER], ids=["newllm", "transformer"])
+@pytest.mark.parametrize("config", [MODEL, TRANSFORMER, RECALL], ids=["newllm", "transformer", "recall"])
 def test_advice_is_the_mean_of_what_teachers_compute(config, temperature, monkeypatch):
     monkeypatch.setattr(teacher, "SEGMENT", 33)  # in pieces, contexts carried
     teachers, tokens = [a_teacher(0, config), a_teacher(1, config)], text(100, 2)
     advice = teacher.read(teachers, tokens, 6, torch.float32, temperature)
     stream = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
-        p = sum((model(stream)[0][0] / temperature).softmax(-1) for model in teachers) / 2
+        features = [model.features(stream)[0] for model in teachers]
+        logits = [
+            model.logits(getattr(x, "x", x))[0] for model, x in zip(teachers, features, strict=True)
+        ]  # the softmax alone
+        p = sum((one / temperature).softmax(-1) for one in logits) / 2
     assert advice.words.shape == advice.probabilities.shape == (100, 6)
     assert torch.allclose(advice.probabilities.float(), p.topk(6).values, atol=1e-3)
     assert torch.allclose(p.gather(1, advice.words.long()), p.topk(6).values, atol=1e-6)
