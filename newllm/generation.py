@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.model import LanguageModel, State, stack_states
+from newllm.model.common import AS_IT_IS, Mixing
 
 PREFILL_CHUNK = 256  # tokens of the prompt read at a time: bounds the memory of long prompts
 
@@ -33,6 +34,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     eos_id: int | None = None,
+    recall_share: float = 1.0,
     cuda_graph: bool = True,
 ) -> Iterator[list[int]]:
     """Yield, step after step, the next token of every prompt.
@@ -40,7 +42,8 @@ def generate(
     prompts: token ids, at least one each, of any lengths. temperature 0 takes the most probable token. top_k keeps the
     k most probable tokens, top_p of those the fewest whose probabilities sum to at least top_p. seed=None draws a seed
     from PyTorch's global generator. A row that has produced eos_id yields eos_id from there on; generation ends after
-    max_new_tokens steps or when every row has ended.
+    max_new_tokens steps or when every row has ended. recall_share, from 0 to 1, is how much of its share of a prediction recall has: words that a model
+    has written itself say less of what comes than those that people wrote (docs/model.md); it matters to models with recall alone.
 
     `cuda_graph`: on a GPU, generate in a CUDA graph, several steps ahead of what is yielded; the same texts but for roundings,
     because the fused kernels add in another order. Mixtures of softmaxes, and more than 16 prompts, go step by step.
@@ -48,12 +51,12 @@ def generate(
     Sampling is done in float32. The model is in eval mode while it computes and as it was in between. Raises ValueError
     naming the argument, at the call, before any token.
     """
-    _check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id)
+    _check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id, recall_share)
     if seed is None:
         seed = int(torch.randint(2**48, ()))
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-    options = Sampling(temperature, top_k, top_p, eos_id)
+    options = Sampling(temperature, top_k, top_p, eos_id, recall_share)
     if cuda_graph and device.type == "cuda" and max_new_tokens > 1:
         from newllm.graph_generation import graph_steps  # not at the top: it imports this file
 
@@ -69,6 +72,12 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     eos_id: int | None = None
+    recall_share: float = 1.0
+
+    @property
+    def mixing(self) -> Mixing:
+        """What the logits are computed for; temperature 0 takes the likeliest as they are."""
+        return Mixing(self.temperature if self.temperature > 0 else 1.0, self.recall_share)
 
 
 def eager_steps(
@@ -87,10 +96,9 @@ def eager_steps(
         # Modes are entered afresh for each step: a suspended generator must not leave them on in its caller's code.
         with torch.inference_mode(), evaluating(modules):
             if state is None:
-                logits, state = prefill(model, prompts, options.temperature)  # (B, V)
+                logits, state = prefill(model, prompts, options.mixing)  # (B, V)
             else:
-                tempered = tempering(model, options.temperature)
-                logits, state = model(torch.tensor(tokens, device=logits.device)[:, None], state, **tempered)
+                logits, state = model(torch.tensor(tokens, device=logits.device)[:, None], state, options.mixing)
                 logits = logits[:, 0]
             drawn = sample(logits, options.temperature, options.top_k, options.top_p, generators).tolist()
         # A row that has ended goes on being fed eos_id: no text depends on it any more.
@@ -101,19 +109,14 @@ def eager_steps(
             return
 
 
-def tempering(model: LanguageModel, temperature: float) -> dict[str, float]:
-    """What a model with recall has to be told of the temperature that its logits will be divided by; 0 takes the likeliest as they are."""
-    return {"temperature": temperature} if getattr(model, "recall", None) is not None and temperature > 0 else {}
-
-
-def prefill(model: LanguageModel, prompts: list[list[int]], temperature: float = 1.0) -> tuple[Tensor, State]:
+def prefill(model: LanguageModel, prompts: list[list[int]], mixing: Mixing = AS_IT_IS) -> tuple[Tensor, State]:
     """Read every prompt, alone: (logits after its last token (B, V), states of all prompts as one)."""
     device = next(model.parameters()).device
     rows, states = [], []
     for prompt in prompts:
         state = None
         for chunk in torch.tensor([prompt], device=device).split(PREFILL_CHUNK, dim=1):
-            logits, state = model(chunk, state, **tempering(model, temperature))
+            logits, state = model(chunk, state, mixing)
         rows.append(logits[:, -1])
         states.append(state)
     return torch.cat(rows), stack_states(states)
@@ -208,6 +211,7 @@ def _check_arguments(
     top_p: float | None,
     seed: int | None,
     eos_id: int | None,
+    recall_share: float,
 ) -> None:
     vocab_size = model.config.vocab_size
     if not isinstance(prompts, (list, tuple)) or not prompts:
@@ -222,6 +226,8 @@ def _check_arguments(
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an integer of at least 0")
     if not _is_number(temperature) or temperature < 0:
         raise ValueError(f"temperature: got {temperature!r}, wanted a finite number of at least 0")
+    if not _is_number(recall_share) or not 0 <= recall_share <= 1:
+        raise ValueError(f"recall_share: got {recall_share!r}, wanted a number from 0 to 1")
     if top_k is not None and (not _is_int(top_k) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, wanted None or an integer of at least 1")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):

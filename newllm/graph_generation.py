@@ -23,7 +23,6 @@ from newllm.generation import (
     held,
     prefill,
     sane,
-    tempering,
 )
 from newllm.model import LanguageModel
 from newllm.model.decoding import Decoder, make_decoder
@@ -117,14 +116,14 @@ def graph_steps(
     if decoder is None:
         yield from eager_steps(model, prompts, max_new_tokens, options, generators)
         return
-    decoder.temperature = tempering(model, options.temperature).get("temperature", 1.0)
+    decoder.mixing = options.mixing
     with torch.inference_mode(), evaluating(modules):
         step = StepGraph(decoder, options, generators)
         before = [generator.get_state() for generator in generators]
         step.capture()
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
-        logits, state = prefill(model, prompts, options.temperature)
+        logits, state = prefill(model, prompts, options.mixing)
         if not sane(logits).all():
             raise ValueError(BROKEN)
         first = draw(logits, options.temperature, options.top_k, options.top_p, generators)

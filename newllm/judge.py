@@ -50,6 +50,7 @@ class Sampling:
     prompt_tokens: int = 32
     tokens: int = 256
     temperature: float = 0.8
+    recall_share: float = 0.5
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
@@ -79,7 +80,7 @@ def write(model: LanguageModel, prompts: np.ndarray, eos_id: int, how: Sampling,
         for first in range(0, len(prompts), ROWS):
             rows = [[eos_id, *prompt] for prompt in prompts[first : first + ROWS].tolist()]
             steps = generate(
-                model, rows, how.tokens, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p,
+                model, rows, how.tokens, temperature=how.temperature, recall_share=how.recall_share, top_k=how.top_k, top_p=how.top_p,
                 seed=how.seed + first,
             )  # fmt: skip
             columns = []

@@ -19,7 +19,7 @@ from newllm.tokenizer import Tokenizer
 from newllm.training_config import compute_dtype
 from newllm.weights import in_dtype
 
-DYNAMIC = {"lr": 1e-4, "decay": 1e-3, "segment": 32}  # unless the options say otherwise
+DYNAMIC = {"lr": 5e-5, "decay": 3e-3, "segment": 32}  # unless the options say otherwise
 
 
 def run(args: argparse.Namespace) -> int:

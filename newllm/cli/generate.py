@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     eos_id = tokenizer.eos_id if args.stop_at_eos else None
     with arguments_are_the_users():
         steps = generate(
-            model, tokens, args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            model, tokens, args.max_tokens, temperature=args.temperature, recall_share=args.recall_share, top_k=args.top_k, top_p=args.top_p,
             seed=args.seed, eos_id=eos_id, cuda_graph=args.cuda_graph,
         )  # fmt: skip
     # Words stand apart, bytes do not: what follows a word-level prompt is a new word.

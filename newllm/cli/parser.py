@@ -353,9 +353,9 @@ def _eval_options(parser: Parser) -> None:
         "dynamic evaluation", "weights go on learning from the text that has been scored; reported beside the static figures"
     )  # fmt: skip
     dynamic.add_argument("--dynamic", action="store_true", help="measure this too")
-    dynamic.add_argument("--dynamic-lr", type=float, metavar="X", help="learning rate (default: 1e-4)")
+    dynamic.add_argument("--dynamic-lr", type=float, metavar="X", help="learning rate (default: 5e-5)")
     dynamic.add_argument("--dynamic-decay", type=float, metavar="X",
-                         help="rate of return to the trained weights (default: 1e-3)")  # fmt: skip
+                         help="rate of return to the trained weights (default: 3e-3)")  # fmt: skip
     dynamic.add_argument("--dynamic-segment", type=int, metavar="N", help="tokens per update (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     _run_options(parser)
@@ -368,6 +368,8 @@ def _generate_options(parser: Parser) -> None:
     parser.add_argument("--run", default="latest", help="name or path of a run (default: latest)")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is the likeliest (default: 0.8)")
+    parser.add_argument("--recall-share", type=float, default=0.5, metavar="X",
+                        help="how much of its share recall has in what is written, 0 to 1 (default: 0.5)")  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
     parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest tokens that make up X only")
     parser.add_argument("--seed", type=int, metavar="N", help="the same text every time (default: another each time)")
@@ -392,6 +394,8 @@ def _judge_options(parser: Parser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of a prompt (default: 32)")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of a text (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is the likeliest (default: 0.8)")
+    parser.add_argument("--recall-share", type=float, default=0.5, metavar="X",
+                        help="how much of its share recall has in what is written, 0 to 1 (default: 0.5)")  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
     parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest tokens that make up X only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first text (default: 0)")

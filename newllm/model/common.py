@@ -7,7 +7,7 @@ so that it can be detached, indexed by row, or saved as safetensors. `None` stan
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ State = dict[str, Tensor]
 NONE = -1  # in place of a token: there is none
 
 ACTIVATION = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class Mixing(NamedTuple):
+    """How recall goes into logits that are drawn from: the temperature that they will be divided by, and how much of its share it has."""
+
+    temperature: float = 1.0
+    recall_share: float = 1.0
+
+
+AS_IT_IS = Mixing()
 
 
 class LanguageModel(nn.Module):
@@ -50,16 +60,16 @@ class LanguageModel(nn.Module):
         """tokens (B, T) int64 -> features (B, T, F), state after the last token."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, state: State | None = None, temperature: float = 1.0) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V), state after the last token. `temperature`: of `logits`."""
+    def forward(self, tokens: Tensor, state: State | None = None, mixing: Mixing = AS_IT_IS) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V), state after the last token. `mixing`: of `logits`."""
         x, state = self.features(tokens, state)
-        return self.logits(x, temperature), state
+        return self.logits(x, mixing), state
 
-    def logits(self, x: Tensor | Pointed, temperature: float = 1.0) -> Tensor:
-        """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities. `temperature`: the one that they will be
-        divided by; only features that point at words have a use for it."""
+    def logits(self, x: Tensor | Pointed, mixing: Mixing = AS_IT_IS) -> Tensor:
+        """features (B, T, F) -> logits (B, T, V); of a mixture, logarithms of its probabilities. Only features that point at words have a
+        use for `mixing`."""
         if not isinstance(x, Tensor):
-            return x.mixed_logits(self.logits(x.x), temperature)
+            return x.mixed_logits(self.logits(x.x), mixing)
         if self.mixture is None:
             return self.head(self.output_dropout(x))
         shares, latent = self.mixture(x)  # (B, T, K), (B, T, K, F)

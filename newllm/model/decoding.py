@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from newllm.model.classic import Classic
-from newllm.model.common import LanguageModel, State
+from newllm.model.common import AS_IT_IS, LanguageModel, Mixing, State
 from newllm.model.decoding_recall import RecallStep
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
 from newllm.model.transformer import Transformer
 from newllm_kernels import LayerNorm
-from newllm_kernels.decode_linear import MOST_ROWS
+from newllm_kernels.decode_linear import MOST_ROWS, TooManyRows
 from newllm_kernels.decode_linear.program import Activation, DecodeLayer, DecodeProgram
 from newllm_kernels.numerics import acc_dtype
 
@@ -34,7 +34,7 @@ class Decoder(Protocol):
 
     tokens: Tensor
     logits: Tensor
-    temperature: float  # that the logits will be divided by
+    mixing: Mixing
 
     def load(self, state: State) -> None: ...
 
@@ -44,16 +44,20 @@ class Decoder(Protocol):
 def make_decoder(model: LanguageModel, rows: int) -> Decoder | None:
     """The decoder of a model for `rows` texts; it reads the model's weights where they lie when it is made.
 
-    None for a mixture of softmaxes, for more than 16 texts, and for a Transformer where there is no Triton.
+    None for a mixture of softmaxes, for a Transformer where there is no Triton, for more than 16 texts, and for as many as do not fit into the
+    shared memory of the GPU: 16 of a model as wide as `1b`.
     """
     if getattr(model, "mixture", None) is not None or rows > MOST_ROWS:
         return None
-    if isinstance(model, (NewLLM, Classic)):
-        return ProgramDecoder(model, rows)
-    if isinstance(model, Transformer) and find_spec("triton"):
-        from newllm.model.decoding_transformer import CacheDecoder  # not at the top: it needs Triton
+    try:
+        if isinstance(model, (NewLLM, Classic)):
+            return ProgramDecoder(model, rows)
+        if isinstance(model, Transformer) and find_spec("triton"):
+            from newllm.model.decoding_transformer import CacheDecoder  # not at the top: it needs Triton
 
-        return CacheDecoder(model, rows)
+            return CacheDecoder(model, rows)
+    except TooManyRows:
+        return None
     return None
 
 
@@ -63,7 +67,7 @@ class ProgramDecoder:
     With recall the program begins at what is recalled, which is looked up before it and mixed into the logits after it.
     """
 
-    temperature = 1.0
+    mixing = AS_IT_IS
 
     def __init__(self, model: NewLLM | Classic, rows: int) -> None:
         weight = model.head.weight
@@ -102,7 +106,7 @@ class ProgramDecoder:
             self.recall.before(self.tokens)
         self.program.run()
         if self.recall is not None:
-            self.recall.after(self.tokens, self.logits, self.temperature)
+            self.recall.after(self.tokens, self.logits, self.mixing)
 
 
 def _norm_of(norm: LayerNorm) -> dict[str, object]:

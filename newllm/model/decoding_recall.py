@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from newllm.model.common import State
+from newllm.model.common import Mixing, State
 from newllm.model.newllm import NewLLM
 from newllm.model.recall import ORDERS, WORDS, Pointed
 
@@ -51,14 +51,14 @@ class RecallStep:
         self.base.copy_(base[:, 0])
         self.recalled.copy_(recalled[:, 0])
 
-    def after(self, tokens: Tensor, logits: Tensor, temperature: float) -> None:
-        """logits (B, V) of the softmax become those of all of it; `temperature` as in `Pointed.mixed_logits`."""
+    def after(self, tokens: Tensor, logits: Tensor, mixing: Mixing) -> None:
+        """logits (B, V) of the softmax become those of all of it, as `Pointed.mixed_logits` says."""
         if self.fused:
             from newllm.model.recall_triton import mix
 
             recent = self.tables["recall.recent"]
-            mix(logits, tokens, self.words, self.groups, self.recall.shares, recent, self.total, temperature)
+            mix(logits, tokens, self.words, self.groups, self.recall.shares, recent, self.total, mixing)
             return
-        logits.copy_(self.pointed.mixed_logits(logits[:, None], temperature)[:, 0])
+        logits.copy_(self.pointed.mixed_logits(logits[:, None], mixing)[:, 0])
         for key, table in self.tables.items():
             table.copy_(self.next[key])

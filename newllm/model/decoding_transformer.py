@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newllm.model.common import State
+from newllm.model.common import AS_IT_IS, State
 from newllm.model.decode_attention import CachedAttention
 from newllm.model.transformer import Transformer, rotary_angles
 from newllm_kernels.decode_linear.program import Activation, DecodeLayer, DecodeProgram
@@ -19,7 +19,7 @@ class CacheDecoder:
     """Static buffers: tokens (B,) int64, position (B,) int64, logits (B, V), and per layer keys and values
     (B, heads, max_seq_len, head_dim) in the dtype of the weights."""
 
-    temperature = 1.0  # a Transformer has no use for it
+    mixing = AS_IT_IS  # a Transformer has no use for it
 
     def __init__(self, model: Transformer, rows: int) -> None:
         config, weight = model.config, model.embedding.weight

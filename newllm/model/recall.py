@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config import ModelConfig
-from newllm.model.common import NONE, Embedding
+from newllm.model.common import AS_IT_IS, NONE, Embedding, Mixing
 
 ORDERS = 3  # n from 1 to this many tokens
 VISITS = 4  # k from 1 to this many times
@@ -249,14 +249,16 @@ class Pointed(NamedTuple):
         others = (word * (self.words == targets[..., None])).sum(-1) + recent * u
         return -torch.logaddexp(rest, others.log())
 
-    def mixed_logits(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def mixed_logits(self, logits: Tensor, mixing: Mixing = AS_IT_IS) -> Tensor:
         """Logits (B, T, V) of the softmax -> logarithms of probabilities by all of it.
 
         A temperature sharpens the softmax only: what is returned, divided by it, are the logarithms of softmax(logits / temperature) mixed
-        with the same shares. Sharpened with the rest, recall of what a model has just written itself would be written once more, and again.
+        with the shares. Sharpened with the rest, recall of what a model has just written itself would be written once more, and again; a
+        `recall_share` below 1 holds it back further.
         """
+        temperature, recall_share = mixing
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        word, recent = self._split(wide)
+        word, recent = (recall_share * part for part in self._split(wide))
         others = recent[..., None] * recent_shares(self.tokens, self.recent).to(wide)
         others = others.scatter_add(-1, self.words.clamp(min=0), word)  # 0 where there is no word
         softmax = (logits.to(wide) / temperature).log_softmax(-1)

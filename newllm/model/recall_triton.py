@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from newllm.model.common import Mixing
 from newllm.model.recall import DECAY, FINISH, MIX, NONE, TAG_BITS, TOKEN_BITS, VISITS, WORDS
 
 MOST = 32768  # columns in work at a time
@@ -77,17 +78,17 @@ def _look_up(
 
 @triton.jit
 def _mix(
-    logits, tokens, words, groups, shares, recent, total, temperature, V, N: tl.constexpr, DECAYS: tl.constexpr,
+    logits, tokens, words, groups, shares, recent, total, temperature, recall_share, V, N: tl.constexpr, DECAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * V
     x = tl.load(tokens + row)
     own = shares + (N + 1) * tl.load(groups + row)
-    common = tl.load(own + N).to(tl.float32)
+    common = tl.load(own + N).to(tl.float32) * recall_share
     said = 0.0
     for n in tl.static_range(N):
-        said += tl.where(tl.load(words + N * row + n) >= 0, tl.load(own + n).to(tl.float32), 0.0)
+        said += tl.where(tl.load(words + N * row + n) >= 0, tl.load(own + n).to(tl.float32) * recall_share, 0.0)
     whole = tl.load(total + row) * DECAYS + 1.0
     highest, sum_ = -3e38, 0.0  # finite: -inf less -inf is not a number
     for start in range(0, V, BLOCK):
@@ -105,7 +106,7 @@ def _mix(
         softmax = tl.load(logits + at + k, inside, -float("inf")) / temperature + rest
         others = common * (count / whole)
         for n in tl.static_range(N):  # no column is that of a word that is not there
-            others += tl.where(k == tl.load(words + N * row + n), tl.load(own + n).to(tl.float32), 0.0)
+            others += tl.where(k == tl.load(words + N * row + n), tl.load(own + n).to(tl.float32) * recall_share, 0.0)
         log_others = tl.log(tl.where(others > 0, others, 1.0))
         both = tl.maximum(softmax, log_others) + tl.log(1.0 + tl.exp(-tl.abs(softmax - log_others)))
         mixed = tl.where(others > 0, both, softmax)
@@ -134,11 +135,11 @@ def look_up(
 
 def mix(
     logits: Tensor, tokens: Tensor, words: Tensor, groups: Tensor, shares: Tensor, recent: Tensor, total: Tensor,
-    temperature: float,
+    mixing: Mixing,
 ) -> None:  # fmt: skip
     """logits (B, V) float32 become what `Pointed.mixed_logits` says; recent (B, V) float32 and its sums total (B,) move on by tokens (B,)."""
     B, V = logits.shape
     _mix[(B,)](
-        logits, tokens, words, groups, shares, recent, total, temperature, V, N=WORDS, DECAYS=DECAY,
+        logits, tokens, words, groups, shares, recent, total, mixing.temperature, mixing.recall_share, V, N=WORDS, DECAYS=DECAY,
         BLOCK=min(triton.next_power_of_2(V), MOST), num_warps=32 if V > 8192 else 8 if V > 1024 else 1,
     )  # fmt: skip

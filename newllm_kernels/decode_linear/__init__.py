@@ -15,6 +15,12 @@ from newllm_kernels.numerics import DTYPES, acc_dtype
 from newllm_kernels.operator import define
 
 MOST_ROWS, MOST_PARTS = 16, 4
+
+
+class TooManyRows(BackendError):
+    """x of that many rows does not fit into the shared memory of a block."""
+
+
 PARTS = {"linear": (1,), "gated": (2,), "context": (3, 4)}
 NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER, PAIRS = 1, 2, 4, 8, 16  # flags of the native operators
 
@@ -144,11 +150,11 @@ def interleaved_norm(weight: Tensor | None, bias: Tensor | None, width: int, lik
 
 
 def check_shared_memory(layers: int, rows: int, widest: int, widest_norm: int, like: Tensor) -> None:
-    """Raise BackendError where x of that many rows does not fit into the shared memory of a block."""
+    """Raise TooManyRows where x of that many rows does not fit into the shared memory of a block."""
     needs = native.cuda_decode_shared_memory(layers, rows, widest, widest_norm, like.element_size())
     has = torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin
     if needs > has:
-        raise BackendError(
+        raise TooManyRows(
             f"decode_linear: {rows} rows of {widest} take {needs} bytes of shared memory, this GPU has {has}; fewer rows fit"
         )
 

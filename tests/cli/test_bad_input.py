@@ -97,6 +97,7 @@ def test_options(newllm, argv, said, runs_root):
     [
         (["--temperature", "-1"], "temperature: got -1"),
         (["--temperature", "nan"], "temperature"),
+        (["--recall-share", "2"], "recall_share: got 2"),
         (["--top-k", "0"], "top_k: got 0"),
         (["--top-p", "1.5"], "top_p: got 1.5"),
         (["--max-tokens", "-1"], "max_new_tokens: got -1"),
@@ -262,10 +263,10 @@ def test_a_run_folder_that_cannot_be_made(newllm, text, tmp_path, command):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MiB of its own, where this user may mount one."""
+    """A file system of 6 MiB of its own, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder

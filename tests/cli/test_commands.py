@@ -238,7 +238,7 @@ def test_eval_by_position_and_dynamic_evaluation_stand_beside_the_static_figures
     assert sum(place["tokens"] for place in row["by_position"]) == row["tokens"]
     assert row["dynamic"]["tokens"] == row["tokens"]
     assert row["dynamic"]["perplexity"] != row["perplexity"]
-    assert (row["dynamic"]["lr"], row["dynamic"]["decay"], row["dynamic"]["segment"]) == (0.003, 0.001, 32)
+    assert (row["dynamic"]["lr"], row["dynamic"]["decay"], row["dynamic"]["segment"]) == (0.003, 0.003, 32)
     out = newllm("eval", *options).out
     assert f"{row['dynamic']['perplexity']:,.2f}" in out
     assert "by place in the document" in out

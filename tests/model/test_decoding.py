@@ -12,6 +12,8 @@ from test_golden import relative_error
 
 from newllm.generation import generate
 from newllm.model.decoding import make_decoder
+from newllm_kernels.decode_linear import TooManyRows
+from newllm_kernels.decode_linear.program import DecodeProgram
 
 # As in test_golden.py; in bfloat16, each of some ten layers a token rounds what it reads, to 2^-9, and contexts remember.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -78,6 +80,24 @@ def test_what_has_no_decoder():
     assert make_decoder(make_model(WALK[WITH_DECODER[0]]), 17) is None
 
 
+def test_rows_that_do_not_fit_on_the_gpu_have_no_decoder_either(monkeypatch):
+    """A model as wide as `1b` beside 16 texts: `generate` goes step by step then."""
+
+    def pack(program):
+        raise TooManyRows("decode_linear: 16 rows of 6144 take more than there is")
+
+    monkeypatch.setattr(DecodeProgram, "__init__", lambda self, layers, rows: pack(self))
+    assert make_decoder(make_model(WALK[WITH_DECODER[0]]), 16) is None
+
+
+@pytest.mark.gpu
+def test_more_rows_than_fit_are_generated_step_by_step():
+    wide = dataclasses.replace(WALK[WITH_DECODER[0]], ffn_dim=8192, embed_dim=64)
+    model = make_model(wide, torch.float32).cuda()
+    assert make_decoder(model, 16) is None
+    assert len(next(iter(generate(model, [[1]] * 16, 2, seed=0)))) == 16
+
+
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
 GRAPHS = [
     "newllm-none-norm_output-fnn0", "newllm-hops2-norm_output-fnn1", "newllm-full-norm_state-fnn0", "newllm-recall7",
@@ -87,7 +107,9 @@ GRAPHS = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 1.3, "top_k": 9, "top_p": 0.95}], ids=str
+    "options",
+    [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "recall_share": 0.4}],
+    ids=str,
 )
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_writes_what_the_model_writes(name, options):

@@ -191,8 +191,8 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.sizes = model, model.config, []
 
-    def forward(self, tokens, state=None):
-        logits, state = self.model(tokens, state)
+    def forward(self, tokens, state, mixing):
+        logits, state = self.model(tokens, state, mixing)
         self.sizes.append(state_bytes(state))
         return logits, state
 
@@ -222,6 +222,7 @@ def test_memory_does_not_grow(name):
         ({"temperature": -0.1}, "temperature.*-0.1"),
         ({"temperature": float("nan")}, "temperature.*nan"),
         ({"temperature": "hot"}, "temperature.*hot"),
+        ({"recall_share": 1.5}, "recall_share.*1.5"),
         ({"top_k": 0}, "top_k.*0"),
         ({"top_k": 1.5}, "top_k.*1.5"),
         ({"top_p": 0.0}, "top_p.*0.0"),

@@ -14,7 +14,7 @@ from newllm.config import ModelConfig
 from newllm.evaluation import calibrate, evaluate, token_losses
 from newllm.generation import generate
 from newllm.model import build_model
-from newllm.model.common import Embedding
+from newllm.model.common import Embedding, Mixing
 from newllm.model.decoding import make_decoder
 from newllm.model.recall import (
     DECAY,
@@ -277,24 +277,33 @@ def test_the_last_token_of_a_large_vocabulary_is_kept(vocab_size, dtype):
 def test_a_temperature_sharpens_the_softmax_and_not_what_is_recalled():
     model, tokens, T = make_model(WALK["newllm-recall1000"]), make_tokens(2, 60) % 3, 0.7
     features, _ = model.features(tokens)
-    tempered = (model(tokens, temperature=T)[0] / T).softmax(-1)
+    tempered = (model(tokens, mixing=Mixing(T))[0] / T).softmax(-1)
     left = (features.shares * torch.cat((features.words != NONE, torch.ones(2, 60, 1)), dim=-1)).sum(-1, keepdim=True)
     softmax, sharper = ((model.logits(features.x) / by).softmax(-1) for by in (1, T))
     torch.testing.assert_close(tempered, model.logits(features).exp() + (1 - left) * (sharper - softmax))
     decoder = make_decoder(model, 2)
-    decoder.temperature = T
+    decoder.mixing = Mixing(T)
     for t in range(10):
         decoder.tokens.copy_(tokens[:, t])
         decoder.run()
         torch.testing.assert_close((decoder.logits / T).softmax(-1), tempered[:, t])
 
 
+@torch.no_grad()
+def test_a_share_of_recall_leaves_the_rest_to_the_softmax():
+    model, tokens = make_model(WALK["newllm-recall1000"]), make_tokens(2, 60) % 3
+    features, _ = model.features(tokens)
+    whole, none = model(tokens)[0].exp(), model(tokens, mixing=Mixing(recall_share=0.0))[0].exp()
+    torch.testing.assert_close(none, model.logits(features.x).softmax(-1))
+    torch.testing.assert_close(model(tokens, mixing=Mixing(recall_share=0.3))[0].exp(), 0.3 * whole + 0.7 * none)
+
+
 def test_generation_draws_from_the_tempered_mixture():
     """One token after a prompt, many times: frequencies within five standard deviations."""
     model, prompt, T = make_model(WALK["newllm-recall1000"], torch.float32), [1, 2, 3, 1, 2], 0.6
     with torch.no_grad():
-        want = (model(torch.tensor([prompt]), temperature=T)[0][0, -1] / T).softmax(-1)
-    (drawn,) = generate(model, [prompt] * 4000, 1, temperature=T, seed=0)
+        want = (model(torch.tensor([prompt]), mixing=Mixing(T, 0.6))[0][0, -1] / T).softmax(-1)
+    (drawn,) = generate(model, [prompt] * 4000, 1, temperature=T, recall_share=0.6, seed=0)
     counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double() / 4000
     assert ((counts - want).abs() < 5 * (want * (1 - want) / 4000).sqrt() + 1e-3).all()
 
@@ -343,10 +352,10 @@ def test_kernels_of_a_token_are_what_the_model_does(entries, vocab_size, dtype, 
         assert torch.equal(groups, pointed.groups[:, 0])
         logits = 3 * torch.randn(3, vocab_size, device=device)
         logits[0, 1] = -math.inf
-        for temperature in (1.0,) if vocab_size > 5 else (1.0, 0.6):
+        for mixing in (Mixing(),) if vocab_size > 5 else (Mixing(), Mixing(0.6, 0.5), Mixing(recall_share=0.0)):
             got, counts, sums = logits.clone(), recent.clone(), total.clone()
-            recall_triton.mix(got, token, words, groups, module.shares, counts, sums, temperature)
-            want = pointed.mixed_logits(logits[:, None], temperature)[:, 0]
+            recall_triton.mix(got, token, words, groups, module.shares, counts, sums, mixing)
+            want = pointed.mixed_logits(logits[:, None], mixing)[:, 0]
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         recent, total = counts, sums
         for name, value in (("entries", entries_), ("tokens", last), ("recent", recent)):
@@ -354,7 +363,7 @@ def test_kernels_of_a_token_are_what_the_model_does(entries, vocab_size, dtype, 
         seen |= set(groups.tolist())
     assert len(seen) >= (3 if entries == 1 else 5)
     logits[1, 2] = math.nan
-    recall_triton.mix(logits, token, words, groups, module.shares, recent, total, 1.0)
+    recall_triton.mix(logits, token, words, groups, module.shares, recent, total, Mixing())
     assert logits[1].isnan().any()
     assert not logits[0].isnan().any()
 
