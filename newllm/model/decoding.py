@@ -84,7 +84,13 @@ class ProgramDecoder:
         self.recall = RecallStep(model, rows, tables, acc) if tables else None
         build = _newllm_layers if isinstance(model, NewLLM) else _classic_layers
         with torch.no_grad():
-            self.program = DecodeProgram(list(build(model, self)), rows)
+            try:
+                self.program = DecodeProgram(list(build(model, self)), rows)
+            except TooManyRows:
+                if self.recall is None or max(model.recall.out.weight.shape) <= model.config.ffn_dim:
+                    raise
+                self.recall.split_by_order()
+                self.program = DecodeProgram(list(build(model, self)), rows)
 
     def load(self, state: State) -> None:
         """Go on from a state of the model."""
@@ -229,8 +235,7 @@ def _block_layers(
 def _newllm_layers(model: NewLLM, decoder: ProgramDecoder) -> Iterator[DecodeLayer]:
     x, tokens = model.embedding.weight, decoder.tokens
     if decoder.recall is not None:
-        recall, x, tokens = decoder.recall, Activation(model.config.embed_dim), None
-        yield DecodeLayer(recall.recalled, weights=(model.recall.out.weight,), residual=recall.base, y=x)
+        x, tokens = (yield from decoder.recall.layers()), None
     for block, contexts in zip(model.blocks, decoder.contexts.values(), strict=True):
         x = yield from _block_layers(block, model.config.activation, contexts, x, tokens)
         tokens = None

@@ -111,13 +111,12 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     follows = text[:, None, ORDERS:]  # (B, 1, T) of all places but the last
     written = (tags[..., :-1] << bits) | follows
     before, after = neighbours(slots)
-    visits = [
-        before
-    ]  # of every place the last ones before it that have its entry: (B, ORDERS, 1 + T) each, -1 where there is none
+    # Of every place the last VISITS before it that have its entry, -1 where there is none.
+    visits = [before]
     for _ in range(VISITS - 1):
         earlier = before.gather(-1, visits[-1].clamp(min=0))
         visits.append(torch.where(visits[-1] >= 0, earlier, -1))
-    visit = torch.stack(visits, dim=-1)
+    visit = torch.stack(visits, dim=-1)  # (B, ORDERS, 1 + T, VISITS)
     # A place reads what those wrote, then what the table had.
     inside = visit >= 0
     row = slots[..., None].expand(*slots.shape, VISITS)

@@ -35,7 +35,7 @@ def _place(first, second, third, n: tl.constexpr, S, MULTIPLIER: tl.constexpr, L
 
 @triton.jit
 def _look_up(
-    tokens, entries, last, embedding, flag_embedding, recalled, base, words, groups, S, E,
+    tokens, entries, last, embedding, flag_embedding, recalled, base, words, groups, S, E, row_stride, order_stride,
     BITS: tl.constexpr, TAG: tl.constexpr, MULTIPLIER: tl.constexpr, LAST: tl.constexpr, NOTHING: tl.constexpr, K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _look_up(
         group = tl.where(found, 2 * n - 1 + right.to(tl.int64), group)
         word = last_read & ((1 << BITS) - 1)
         value = tl.load(embedding + tl.where(found, word, 0) * E + k, k < tl.where(found, E, 0), 0.0)
-        tl.store(recalled + (3 * row + n - 1) * E + k, value.to(tl.float32), inside)
+        tl.store(recalled + row * row_stride + (n - 1) * order_stride + k, value.to(tl.float32), inside)
     value = tl.load(embedding + x * E + k, inside, 0.0).to(tl.float32)
     value += tl.load(flag_embedding + flags * E + k, inside, 0.0).to(tl.float32)
     tl.store(base + row * E + k, value, inside)
@@ -126,7 +126,7 @@ def look_up(
     """
     E = embedding.shape[1]
     _look_up[(tokens.shape[0],)](
-        tokens, entries, last, embedding, flags, recalled, base, words, groups, entries.shape[2], E,
+        tokens, entries, last, embedding, flags, recalled, base, words, groups, entries.shape[2], E, *recalled.stride()[:2],
         BITS=TOKEN_BITS[entries.dtype], TAG=TAG_BITS, MULTIPLIER=MIX, LAST=FINISH, NOTHING=NONE, K=VISITS,
         BLOCK=triton.next_power_of_2(E),
         num_warps=4,

@@ -90,6 +90,25 @@ def test_rows_that_do_not_fit_on_the_gpu_have_no_decoder_either(monkeypatch):
     assert make_decoder(make_model(WALK[WITH_DECODER[0]]), 16) is None
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_product_with_recalled_words_that_is_too_wide_goes_in_three(device, monkeypatch):
+    make, widths = DecodeProgram.__init__, []
+
+    def narrow(program, layers, rows):
+        widths.append([layer.weights[0].shape[1] for layer in layers])
+        if max(widths[-1]) > 20:
+            raise TooManyRows("decode_linear: too wide")
+        make(program, layers, rows)
+
+    monkeypatch.setattr(DecodeProgram, "__init__", narrow)
+    model = make_model(WALK["newllm-recall1000"], torch.float32).to(device)
+    tokens = make_tokens(3, 12).to(device) % 4
+    decoder = make_decoder(model, 3)
+    assert (widths[0][0], widths[1][:3]) == (30, [10, 10, 10])
+    assert relative_error(step_by_step(decoder, tokens), model(tokens)[0]) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.gpu
 def test_more_rows_than_fit_are_generated_step_by_step():
     wide = dataclasses.replace(WALK[WITH_DECODER[0]], ffn_dim=8192, embed_dim=64)
