@@ -170,14 +170,26 @@ def model_tensors(model: nn.Module) -> Tensors:
     return {name: tensor for name, tensor in state.items() if name not in shared}
 
 
+SHARES = "recall.shares"  # set, not trained: newllm/model/recall.py
+
+
 def load_model(model: nn.Module, tensors: Tensors, source: Path) -> None:
     """Copy weights into the model. Raises UserError naming `source` and the first tensor that does not fit."""
     own = model_tensors(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing == [SHARES] and not extra:
+        raise UserError(
+            f"{source}: lacks {SHARES}, which newer versions have; `newllm calibrate` makes a run that has them"
+        )
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"
         raise UserError(f"{source}: weights of another model than its config.json describes: it {what}")
     for name, tensor in own.items():
+        if name == SHARES and tensors[name].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {SHARES} is of an older version, {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}; `newllm calibrate` makes"
+                " a run that has them as they are now"
+            )
         if tensors[name].shape != tensor.shape:
             raise UserError(
                 f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model of config.json {tuple(tensor.shape)};"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,3 +83,18 @@ def test_a_transformer_takes_none(newllm, text):
     done = newllm("calibrate", "t")
     assert done.code == 2
     assert "architecture transformer, which takes no recall" in done.err
+
+
+@pytest.mark.parametrize("old", [torch.zeros(7, 2), None], ids=["of-two", "none"])
+def test_a_run_with_shares_of_an_older_version_says_what_to_do(newllm, trained, runs_root, tmp_path, old):
+    folder = tmp_path / "old"
+    shutil.copytree(trained, folder)
+    tensors, info = checkpoint.load(folder / "best.safetensors")
+    del tensors["model.recall.shares"]
+    checkpoint.save(folder / "best.safetensors", tensors | ({} if old is None else {"model.recall.shares": old}), info)
+    code, _, error = newllm("eval", folder)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "newllm calibrate" in error
+    assert newllm("calibrate", folder, "--run", "anew").code == 0
+    shares = Run(trained).weights()["recall.shares"]
+    torch.testing.assert_close(Run(runs_root / "anew").weights()["recall.shares"], shares, rtol=1e-4, atol=1e-5)
