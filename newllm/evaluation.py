@@ -21,6 +21,7 @@ from newllm.tokenizer import Tokenizer
 SEGMENT = 512  # tokens per forward pass; the context is carried over, so the result does not depend on it
 GPU_SEGMENTS = 8  # as many at once where a GPU would wait for the host
 ROUNDS = 200  # of expectation maximisation
+POOLED = 100  # tokens that the shares of all groups together count as in each of them
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def calibrate(
     """Set the shares of a model with `recall` (newllm/model/recall.py) so that `tokens` are likeliest, and score them as `evaluate` does.
 
     The likelihood is concave in the shares; expectation maximisation climbs it: each round, a share becomes the mean over its tokens of what
-    it is of their probability.
+    it is of their probability. First for all tokens as one group, then for each group, beside its own tokens POOLED of that mean: a group of few
+    tokens knows little of its own. (On the built-in text, whose validation has 10,061 tokens, shares set on one half predict the other 0.5%
+    better so; anything from 50 to 200 is as good.)
     """
     tokens = tokens[: None if limit is None else limit + 1]
     check_tokens(model, tokens)
@@ -95,14 +98,14 @@ def calibrate(
     likely, group = torch.cat(seen), torch.cat(groups)
     shares, mixed = model.recall.shares, likely[:, 0].clone()
     shares.zero_()
+    start = torch.full_like(likely[0], 0.1 / (likely.shape[1] - 1))
+    start[0] = 0.9
+    pooled = _likeliest_shares(likely, start, 0)
     for index in range(shares.shape[0]):
         own = likely[group == index]
         if own.shape[0] == 0:
             continue
-        share = torch.full_like(own[0], 0.1 / (own.shape[1] - 1))
-        share[0] = 0.9
-        for _ in range(ROUNDS):
-            share = (own * (share / (own @ share)[:, None])).mean(0)
+        share = _likeliest_shares(own, pooled, POOLED)
         nowhere = (own == own[:, :1]).all(0)  # words that no token of this group recalls: the softmax, by another name
         share[0] = share[nowhere].sum()
         share[1:][nowhere[1:]] = 0
@@ -111,6 +114,16 @@ def calibrate(
         shares[index] = share[1:]
         mixed[group == index] = own @ share
     return Score(-mixed.log().mean().item(), mixed.numel())
+
+
+def _likeliest_shares(likely: torch.Tensor, prior: torch.Tensor, weight: float) -> torch.Tensor:
+    """Shares (C,) of what says that tokens have the probabilities likely (T, C), by expectation maximisation from `prior` (C,), which counts as
+    `weight` further tokens."""
+    share = prior
+    for _ in range(ROUNDS):
+        owed = (likely * (share / (likely @ share)[:, None])).sum(0) + weight * prior
+        share = owed / owed.sum()
+    return share
 
 
 def bits_per_byte(loss: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:

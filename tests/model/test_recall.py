@@ -10,6 +10,7 @@ import pytest
 import torch
 from configs import SMALL, VOCAB, WALK, make_model, make_tokens
 
+from newllm import evaluation
 from newllm.config import ModelConfig
 from newllm.evaluation import calibrate, evaluate, token_losses
 from newllm.generation import generate
@@ -197,7 +198,8 @@ def test_recalled_words_are_forgotten_in_training_alone():
     assert all(torch.equal(after[key], trained[key]) for key in after)  # what the tables hold is as ever
 
 
-def test_calibrated_shares_are_the_likeliest():
+def test_calibrated_shares_are_the_likeliest(monkeypatch):
+    monkeypatch.setattr(evaluation, "POOLED", 0)
     model = make_model(WALK["newllm-recall1000"])
     tokens = make_tokens(1, 3000)[0].numpy()
     tokens[1500:2200] = tokens[400:1100]  # something to recall
@@ -215,6 +217,17 @@ def test_calibrated_shares_are_the_likeliest():
                 model.recall.shares.copy_(other)
                 assert evaluate(model, tokens).loss >= score.loss - 1e-7
     model.recall.shares.copy_(best)
+
+
+def test_groups_of_few_tokens_keep_to_what_all_have():
+    """Shares of a group lie between those of its own tokens and of all, the nearer to its own the more tokens it has."""
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.rand(n, 5, dtype=torch.float64, generator=generator) for n in (20, 20_000))
+    prior = torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    alone, beside = (evaluation._likeliest_shares(few, prior, weight) for weight in (0, 100))
+    assert (beside - prior).abs().sum() < 0.5 * (alone - prior).abs().sum()
+    alone, beside = (evaluation._likeliest_shares(many, prior, weight) for weight in (0, 100))
+    assert (beside - alone).abs().sum() < 0.1 * (alone - prior).abs().sum()
 
 
 def test_calibration_of_a_text_that_repeats_nothing_leaves_the_softmax():
