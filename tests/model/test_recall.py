@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -418,3 +422,13 @@ def test_one_token_on_a_cpu_is_what_several_are(vocab_size, batch):
         assert torch.equal(right, want_right[:, :1])
         for key, value in two.items():
             torch.testing.assert_close(one[key], value)
+
+
+@needs_triton
+def test_the_kernels_compile_where_there_is_no_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, Path(__file__).with_name("compile_recall.py"), "90"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(int(line.split()[1]) > 1000 for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == 4
