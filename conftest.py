@@ -8,7 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-collect_ignore_glob = [] if find_spec("triton") else ["newllm_kernels/*/triton*.py", "newllm_kernels/triton_*.py"]
+collect_ignore_glob = (
+    [] if find_spec("triton") else ["newllm_kernels/*/triton*.py", "newllm_kernels/triton_*.py", "tests/*/compile_*.py"]
+)
 
 if not torch.cuda.is_available():
     # Where there is no GPU Triton's kernels run in its interpreter; triton reads this when it is imported.

@@ -38,7 +38,12 @@ def variants():
         yield "_mix", MIXED | {"shares": "*bf16"}, {"N": WORDS, "DECAYS": DECAY, "BLOCK": block}, warps
 
 
-for name, types, constants, warps in variants():
-    source = ASTSource(getattr(recall_triton, name), types | dict.fromkeys(constants, "constexpr"), constants)
-    made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
-    print(name, len(made.asm["cubin"]))
+def main(capability: int) -> None:
+    for name, types, constants, warps in variants():
+        source = ASTSource(getattr(recall_triton, name), types | dict.fromkeys(constants, "constexpr"), constants)
+        made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        print(name, len(made.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
