@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from newllm.config import ModelConfig
 from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
 from newllm.model.mixer import ContextMixer
-from newllm.model.recall import Pointed, Recall, initial_tables
+from newllm.model.recall import TABLES, Pointed, Recall, initial_tables
 from newllm_kernels import LayerNorm
 
 
@@ -77,8 +77,7 @@ class NewLLM(LanguageModel):
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor | Pointed, State]:
         """tokens (B, T) int64 -> features (B, T, E), state after the last token. With recall, where it is not trained, they point at words."""
-        tables = [] if self.recall is None else list(initial_tables(0, self.config, "meta"))
-        self.check_inputs(tokens, state, [*self._keys(), *tables])
+        self.check_inputs(tokens, state, [*self._keys(), *([] if self.recall is None else TABLES)])
         if state is None:
             state = self.initial_state(tokens.shape[0])
         if self.recall is None:

@@ -44,8 +44,8 @@ TOKEN_BITS, TAG_BITS = {torch.int32: 17, torch.int64: 48}, 14
 # Odd multipliers of 64 bits (from the golden ratio, and of MurmurHash3's finaliser), as the signed integers that PyTorch has.
 MIX, FINISH = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
 
-
 DECAY = 2 ** (-1 / 100)  # d, a token: words of 100 tokens ago count half
+TABLES = ("recall.recent", "recall.entries", "recall.tokens")  # keys of the state
 CHUNK = 256  # tokens whose recent words are counted at once
 
 
