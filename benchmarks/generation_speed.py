@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any, NoReturn
 
 import report
 import torch
+from tqdm import tqdm
 
 from newllm.config import PRESETS, ModelConfig, preset, transformer_like
 from newllm.errors import UserError, arguments_are_the_users, one_line
@@ -91,9 +91,7 @@ def cuda_steps(model: LanguageModel, batch: int, context: int | None, blocks: in
 
     decoder = make_decoder(model, batch)
     if decoder is None:
-        raise DoesNotFit(
-            f"{batch} texts of this width do not fit into shared memory; newllm generate goes step by step"
-        )
+        raise DoesNotFit(f"no decoder for {batch} texts of this model; newllm generate goes step by step")
     if context is not None:
         decoder.position.fill_(context)  # the cache is full: every step reads all of it
     step = StepGraph(decoder, Sampling(temperature=0), [])
@@ -157,7 +155,10 @@ def long_text(name: str, config: ModelConfig, tokens: int, device: torch.device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     begin, at = time.perf_counter(), 1
+    bar = tqdm(total=tokens, initial=1, unit="token", unit_scale=True, leave=False, disable=None)
     for written, _ in enumerate(steps, 2):
+        if written % 1024 == 0:  # seldom: this is timed
+            bar.update(1024)
         if written in marks:
             now = time.perf_counter()
             memory = (
@@ -168,6 +169,7 @@ def long_text(name: str, config: ModelConfig, tokens: int, device: torch.device)
                  "allocated_bytes": memory[0], "peak_bytes": memory[1]}
             )  # fmt: skip
             begin, at = now, written
+    bar.close()
     return rows
 
 
@@ -209,9 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def keep() -> None:
         if args.results:
-            draft = args.results.with_name(f".{args.results.name}")
-            draft.write_text(json.dumps(content, indent=1) + "\n")
-            draft.replace(args.results)
+            report.save(args.results, content)
 
     for name, model in models.items():
         for batch in args.batches:

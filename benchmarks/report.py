@@ -72,14 +72,19 @@ def as_json(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def write(path: Path, rows: list[Row], copies: list[float], refused: list[str]) -> None:
+def save(path: Path, content: dict[str, Any]) -> None:
     """All or nothing: a reader never sees half a file."""
-    copy = {"copy_gbps": max(copies), "copy_gbps_seen": copies} if copies else {}
-    content = {**environment(), **copy, "ratios": ratios(rows), "refused": refused, "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(as_json(content))
     draft.replace(path)
+
+
+def write(path: Path, rows: list[Row], copies: list[float], refused: list[str]) -> None:
+    """The file of a run of benchmarks."""
+    copy = {"copy_gbps": max(copies), "copy_gbps_seen": copies} if copies else {}
+    content = {**environment(), **copy, "ratios": ratios(rows), "refused": refused, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, content)
 
 
 # ---- ratios ---------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ Trains every recipe nineteen times for --steps steps, a process each, on all GPU
     2 to 13   with one setting changed: learning rate, weight decay, dropout, where gates begin, noise (`changes`)
     14 to 19  with the two, three ... seven changes that were best by themselves, together
 
-What is best on the validation text is printed as a command, for a run at full length. A change of dropout is relative to the recipe's
-own. Figures go to --results after every trial; a trial whose run is there already is not trained again.
+What is best on the validation text is printed as a command, for a run at full length. Changes are relative to the recipe's own settings.
+A trial that diverges counts as one, and is the worst. Figures go to --results after every trial; a trial whose run is there already, with
+the same settings, is not trained again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import queue
 import subprocess
@@ -25,11 +27,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import report
+from tqdm import tqdm
 
-from newllm.config import ModelConfig
+from newllm.config import preset
 from newllm.errors import UserError, one_line
 from newllm.recipe import read_recipe
-from newllm.training_config import TrainingConfig
+from newllm.training_config import TRAINING_PRESETS
 
 TOGETHER = range(2, 8)
 Settings = dict[str, float]
@@ -58,7 +61,7 @@ def changes(recipe: dict[str, Any]) -> dict[str, Settings]:
         "dropout-high": {rate: recipe[rate] + 0.1 for rate in rates},
         **(around("recurrent-dropout", 0.2) if sees_contexts else around("embed-dropout", 0.1)),
         **(scaled("context-init", 3) if sees_contexts else scaled("clip", 2)),
-        "noise-high": {"noise": recipe["noise"] * 2},
+        "noise-high": {"noise": recipe["noise"] * 2 or 0.1},
         **(
             {"warmup-high": {"warmup": recipe["warmup"] * 2}}
             if recipe["architecture"] == "transformer"
@@ -69,8 +72,12 @@ def changes(recipe: dict[str, Any]) -> dict[str, Settings]:
 
 def settings_of(name: str) -> dict[str, Any]:
     """All settings of a recipe, those that it leaves alone as the options have them."""
-    defaults = dataclasses.asdict(ModelConfig(vocab_size=1)) | dataclasses.asdict(TrainingConfig())
-    return defaults | read_recipe(name)
+    recipe = read_recipe(name)
+    base = recipe.get("preset", "tiny")  # as `newllm train` takes them
+    settings = dataclasses.asdict(preset(base)) | dataclasses.asdict(TRAINING_PRESETS[base]) | recipe
+    if settings["input_dropout"] is None:
+        settings["input_dropout"] = settings["dropout"]
+    return settings
 
 
 def clash(one: Settings, other: Settings) -> bool:
@@ -98,7 +105,8 @@ def options(settings: Settings) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
 
 
-Train = Callable[[str, str, list[str], str | None], float]
+# Recipe, name of the trial, settings that it changes, GPU -> validation perplexity, infinite where it diverges.
+Train = Callable[[str, str, Settings, str | None], float]
 
 
 class Search:
@@ -129,19 +137,20 @@ class Search:
             except queue.Empty:  # the last trials of one change are on their way
                 continue
             try:
-                perplexity = self.train(recipe, name, options(settings), gpu)
-            except Exception as error:
+                perplexity = self.train(recipe, name, settings, gpu)
+                with self.lock:
+                    self.left -= 1
+                    self._done(recipe, name, perplexity)
+            except Exception as error:  # ends all workers; `run` raises it
                 self.failures.append(error)
                 return
-            with self.lock:
-                self.left -= 1
-                self._done(recipe, name, perplexity)
 
     def _done(self, recipe: str, name: str, perplexity: float) -> None:
         of_recipe, singles = self.results[recipe], self.singles[recipe]
         of_recipe[name] = perplexity
         settings = self.settings[recipe][name]
-        self.note({"recipe": recipe, "trial": name, "settings": settings, "valid_perplexity": perplexity})
+        shown = perplexity if math.isfinite(perplexity) else None  # JSON has no infinity
+        self.note({"recipe": recipe, "trial": name, "settings": settings, "valid_perplexity": shown})
         if len(of_recipe) == 1 + len(singles):
             found = {change: of_recipe[change] for change in singles}
             for combined, merged in together(found, singles).items():
@@ -162,19 +171,46 @@ class Search:
         return name, self.results[recipe][name]
 
 
+# What a run may have otherwise than its recipe: settings of no account, or written in another way.
+UNLIKE = {"eval_every", "checkpoint_every", "device", "threads", "vocab_size", "hops", "norm"}
+
+
+def differ(run: Path, wanted: dict[str, Any]) -> None:
+    """Raise UserError where a run folder is of other settings than those wanted."""
+    config = json.loads((run / "config.json").read_text())
+    kept = config["model"] | config["training"]
+    if kept["input_dropout"] is None:
+        kept["input_dropout"] = kept["dropout"]
+    for key in sorted((wanted.keys() & kept.keys()) - UNLIKE):
+        one, other = kept[key], wanted[key]
+        numbers = all(isinstance(value, (int, float)) for value in (one, other))
+        if not (
+            math.isclose(one, other, rel_tol=1e-4) if numbers else one == other
+        ):  # options are typed with six digits
+            raise UserError(f"{run}: was trained with {key} {one}, not {other}; name other --runs")
+
+
 def run_training(folder: Path, data: str, steps: int) -> Train:
     """Trains by `newllm train`, one process a trial."""
 
-    def train(recipe: str, name: str, more: list[str], gpu: str | None) -> float:
+    def train(recipe: str, name: str, settings: Settings, gpu: str | None) -> float:
         run = folder / f"{Path(recipe).stem}-{name}"
         summary = run / "summary.json"
-        if not summary.exists():
+        if summary.exists():
+            differ(run, settings_of(recipe) | settings | {"steps": steps})
+        else:
             command = [sys.executable, "-m", "newllm", "train", "--config", recipe, "--data", data, "--out", str(run)]
-            command += ["--steps", str(steps), "--eval-every", str(steps), "--checkpoint-every", str(steps), *more]
+            command += ["--steps", str(steps), "--eval-every", str(steps), "--checkpoint-every", str(steps)]
+            command += [
+                *options(settings),
+                *([] if gpu is None else ["--device", "cuda"]),
+            ]  # no GPU of that number: an error
             environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                if "training has diverged" in last:
+                    return math.inf
                 raise UserError(f"{' '.join(command)}: {last}")
         return float(json.loads(summary.read_text())["valid"]["perplexity"])
 
@@ -209,14 +245,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         def note(trial: dict[str, Any]) -> None:
             content["trials"].append(trial)
-            print(f"{trial['recipe']}  {trial['valid_perplexity']:8.2f}  {trial['trial']}", flush=True)
+            found = trial["valid_perplexity"]
+            bar.write(f"{trial['recipe']}  {'diverged' if found is None else f'{found:8.2f}'}  {trial['trial']}")
+            bar.update()
             if args.results:
-                draft = args.results.with_name(f".{args.results.name}")
-                draft.write_text(json.dumps(content, indent=1) + "\n")
-                draft.replace(args.results)
+                report.save(args.results, content)
 
         search = Search(recipes, run_training(args.runs, args.data, args.steps), note)
-        search.run(args.gpus or [None])
+        with tqdm(total=search.left, unit="trial", leave=False, disable=None) as bar:
+            search.run(args.gpus or [None])
     except ValueError as error:
         print(f"trials: error: {one_line(error)}", file=sys.stderr)
         return 2

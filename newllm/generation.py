@@ -46,7 +46,8 @@ def generate(
     has written itself say less of what comes than those that people wrote (docs/model.md); it matters to models with recall alone.
 
     `cuda_graph`: on a GPU, generate in a CUDA graph, several steps ahead of what is yielded; the same texts but for roundings,
-    because the fused kernels add in another order. Mixtures of softmaxes, and more than 16 prompts, go step by step.
+    because the fused kernels add in another order. Mixtures of softmaxes, more than 16 prompts, and as many as do not fit
+    into the GPU's shared memory (16 of a very wide model) go step by step.
 
     Sampling is done in float32. The model is in eval mode while it computes and as it was in between. Raises ValueError
     naming the argument, at the call, before any token.

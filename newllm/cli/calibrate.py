@@ -49,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_recall(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of a model that may lack recall, with those of `config` that begin at zero: what they predict is what they predicted."""
+    """Weights of a model that may lack recall, with those of `config` that begin at zero: what their softmax predicts is what it predicted. The
+    shares, which are set anew, are zero in any case."""
     with torch.device("meta"):
         wanted = checkpoint.model_tensors(build_model(config))
     dtype = tensors["embedding.weight"].dtype
     added = {
         name: torch.zeros(like.shape, dtype=dtype if name.endswith("weight") else torch.float32)
         for name, like in wanted.items()
-        if name.startswith("recall.") and (name not in tensors or tensors[name].shape != like.shape)
+        if name == checkpoint.SHARES or (name.startswith("recall.") and name not in tensors)
     }
     return tensors | added
 

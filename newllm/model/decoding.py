@@ -87,6 +87,7 @@ class ProgramDecoder:
             try:
                 self.program = DecodeProgram(list(build(model, self)), rows)
             except TooManyRows:
+                # Only where the product with recalled words is the widest layer does splitting it help.
                 if self.recall is None or max(model.recall.out.weight.shape) <= model.config.ffn_dim:
                     raise
                 self.recall.split_by_order()

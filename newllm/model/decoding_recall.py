@@ -20,7 +20,7 @@ from newllm_kernels.decode_linear.program import Activation, DecodeLayer
 
 
 class RecallStep:
-    """The tables of `rows` texts, and what they say of a token, in buffers that stay in place."""
+    """The tables of `rows` texts, and what they say of a token, in buffers that stay in place. dtype: of the buffers, what the model sums in."""
 
     split = False
 
@@ -53,6 +53,7 @@ class RecallStep:
         self.split, self.recalled = True, torch.zeros_like(self.recalled.transpose(0, 1).contiguous()).transpose(0, 1)
 
     def load(self, state: State) -> None:
+        """Go on from a state of the model."""
         for key, table in self.tables.items():
             table.copy_(state[key])
         self.total.copy_(self.tables["recall.recent"].sum(1))

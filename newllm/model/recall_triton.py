@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from newllm.model.common import Mixing
-from newllm.model.recall import DECAY, FINISH, MIX, NONE, TAG_BITS, TOKEN_BITS, VISITS, WORDS
+from newllm.model.recall import DECAY, FINISH, MIX, NONE, ORDERS, TAG_BITS, TOKEN_BITS, VISITS, WORDS
 
 MOST = 32768  # columns in work at a time
+assert ORDERS == 3  # as written out in `_place` and `_look_up`
 
 
 @triton.jit

@@ -15,14 +15,12 @@ from newllm_kernels.numerics import DTYPES, acc_dtype
 from newllm_kernels.operator import define
 
 MOST_ROWS, MOST_PARTS = 16, 4
+PARTS = {"linear": (1,), "gated": (2,), "context": (3, 4)}
+NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER, PAIRS = 1, 2, 4, 8, 16  # flags of the native operators
 
 
 class TooManyRows(BackendError):
     """x of that many rows does not fit into the shared memory of a block."""
-
-
-PARTS = {"linear": (1,), "gated": (2,), "context": (3, 4)}
-NORMALIZE, X_IS_TABLE, RESIDUAL_IS_TABLE, BARRIER, PAIRS = 1, 2, 4, 8, 16  # flags of the native operators
 
 
 def decode_linear(

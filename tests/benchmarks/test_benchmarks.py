@@ -183,6 +183,7 @@ def test_our_backends_stand_beside_the_fastest_peer():
 def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
     path = tmp_path / "speed.json"
     options = ["--presets", "tiny", "--batches", "1", "2", "--contexts", "8", "16", "--blocks", "2", "--device", "cpu"]
+    options += ["--long", "1100"]
     assert generation_speed.main([*options, "--results", str(path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads(path.read_text())
@@ -190,6 +191,9 @@ def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
     transformers = {("transformer", batch, context) for batch in (1, 2) for context in (8, 16)}
     assert set(runs) == {("newllm", 1, None), ("newllm", 2, None)} | transformers
     assert all(run["tokens_per_s"] > 0 for run in runs.values())
+    assert [row["tokens"] for row in content["long"]] == [1024, 1100]
+    assert all(row["tokens_per_s"] > 0 for row in content["long"])
+    assert "1,100" in printed
     # Two layers, each with one context of 256 float32, and recall's tables of 4,096, tokens and counts; or three with keys and values of
     # 15 tokens, 192 wide, and the position.
     assert runs["newllm", 2, None]["state_bytes"] == 2 * (2 * 256 * 4 + 3 * 4096 * 4 * 4 + 3 * 8 + 2048 * 4)
@@ -200,6 +204,8 @@ def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
 
 
 def test_generation_speed_refuses_in_one_line(capsys):
+    assert generation_speed.main(["--presets", "tiny", "--long", "5"]) == 2
+    assert "--long 5" in capsys.readouterr().err
     assert generation_speed.main(["--presets", "huge"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

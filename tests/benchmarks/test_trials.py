@@ -40,9 +40,9 @@ def test_a_search_trains_every_trial_once_and_finds_the_best(gpus):
     recipes = {name: trials.settings_of(name) for name in RECIPES[:2]}
     ran, noted, lock = [], [], threading.Lock()
 
-    def train(recipe, name, more, gpu):
+    def train(recipe, name, settings, gpu):
         with lock:
-            ran.append((recipe, name, tuple(more)))
+            ran.append((recipe, name))
         assert gpu in gpus
         gains = {"lr-low": 3.0, "noise-high": 2.0, "dropout-low": 1.0}  # the others do harm
         return 50.0 - sum(gains.get(change, -1.0) for change in name.split("+") if change != "as-it-is")
@@ -60,7 +60,7 @@ def test_a_search_trains_every_trial_once_and_finds_the_best(gpus):
 
 
 def test_a_trial_that_fails_ends_the_search():
-    def train(recipe, name, more, gpu):
+    def train(recipe, name, settings, gpu):
         raise ValueError("no such thing")
 
     with pytest.raises(ValueError, match="no such thing"):
@@ -87,8 +87,44 @@ def test_trials_train_and_are_taken_up_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained once more"))
     assert trials.main([*arguments, "--results", str(results)]) == 0
     assert json.loads(results.read_text())["trials"] == content["trials"]
+    capsys.readouterr()
+    arguments[arguments.index("2")] = "3"  # other trials, which are not there
+    assert trials.main(arguments) == 2
+    assert "was trained with steps 2, not 3" in capsys.readouterr().err
 
 
 def test_trials_refuse_in_one_line(capsys):
     assert trials.main(["nothing", "--data", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_changes_are_relative_to_the_preset_that_a_recipe_names():
+    settings = trials.settings_of("books")
+    assert (settings["batch_size"], settings["embed_dim"], settings["lr"]) == (16, 512, 1.5e-3)
+    made = trials.changes(settings)
+    assert len(made) == 12
+    assert all(
+        settings[key] != value for change in ("noise-high", "dropout-high") for key, value in made[change].items()
+    )
+
+
+def test_a_trial_that_diverges_is_the_worst_and_ends_nothing():
+    noted = []
+
+    def train(recipe, name, settings, gpu):
+        return float("inf") if "lr-high" in name else 50.0 + len(name)
+
+    search = trials.Search({RECIPES[0]: trials.settings_of(RECIPES[0])}, train, noted.append)
+    search.run([None, None])
+    assert len(noted) == 19
+    assert {trial["trial"]: trial["valid_perplexity"] for trial in noted}["lr-high"] is None
+    assert "lr-high" not in search.best(RECIPES[0])[0]
+
+
+def test_a_failure_while_figures_are_kept_ends_the_search():
+    def note(trial):
+        raise OSError("No space left on device")
+
+    search = trials.Search({RECIPES[0]: trials.settings_of(RECIPES[0])}, lambda *_: 50.0, note)
+    with pytest.raises(OSError, match="No space"):
+        search.run([None, None])

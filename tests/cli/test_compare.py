@@ -39,7 +39,7 @@ def test_its_files(comparison):
     rows = json.loads((folder / "compare.json").read_text())["models"]
     assert [row["model"] for row in rows] == ["newllm", "transformer"]
     assert all(row["perplexity"] > 1 and row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 2**20 for row in rows)
-    # One context of 16 in one layer, three tables of 4,096 entries and a count for every word, 4 bytes each, three tokens of 8; a window of 16
+    # One context of 16 in one layer, three tables of 4,096 entries of four words and a count for every word, 4 bytes each, three tokens of 8; a window of 16
     # tokens less the present one, keys and values of 16 a layer.
     assert rows[0]["state_bytes"] == 16 * 4 + 3 * 4096 * 4 * 4 + 3 * 8 + rows[0]["config"]["vocab_size"] * 4
     assert rows[1]["state_bytes"] == 8 + 15 * 16 * 2 * 4 * rows[1]["config"]["num_layers"]

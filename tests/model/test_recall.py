@@ -402,6 +402,7 @@ def test_a_decoder_on_a_gpu_is_fused_and_moves_the_state_as_the_model_does(rows)
     for t in range(30):
         decoder.tokens.copy_(tokens[:, 20 + t])
         decoder.run()
+        # Logarithms of float32 probabilities from products that are added up in another order.
         torch.testing.assert_close(decoder.logits, want[:, t], rtol=1e-3, atol=1e-3)
     for key, value in decoder.state().items():
         torch.testing.assert_close(value, after[key], rtol=1e-3, atol=1e-3)
