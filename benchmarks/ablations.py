@@ -19,14 +19,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
 
+import command_line
 from tqdm import tqdm
 
 from newllm.cli.parser import MODEL_OPTIONS
 from newllm.cli.settings import model_settings
 from newllm.config import ModelConfig, count_parameters
-from newllm.errors import UserError, one_line
+from newllm.errors import UserError
 from newllm.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -176,13 +176,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if runs.failed else 0
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ablations: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("ablations", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--config", default="wikitext-2", help="the recipe (default: %(default)s)")
     parser.add_argument("--data", help="in place of the recipe's")
@@ -209,8 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(args)
     except (UserError, OSError) as error:
-        print(f"ablations: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("ablations", error)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import report
 import torch
 import word_problems
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from newllm.config import ModelConfig, count_parameters, transformer_like
-from newllm.errors import UserError, one_line
+from newllm.errors import UserError
 from newllm.graphs import Graphs
 from newllm.model import build_model
 from newllm.training_config import TrainingConfig, choose_device, compute_dtype, learning_rate
@@ -204,13 +205,8 @@ def train(lanes: list[Lane], steps: int, verbose: bool) -> float:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"expressivity: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("expressivity", __doc__)
     parser.add_argument("--problems", nargs="+", default=list(word_problems.PROBLEMS), choices=word_problems.PROBLEMS,
                         metavar="P", help=f"of {', '.join(word_problems.PROBLEMS)} (default: all)")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="M",
@@ -265,8 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.results:
             there = {identity(run) for run in load(args.results, header)["expressivity"]}
     except ValueError as error:
-        print(f"expressivity: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("expressivity", error)
     command = " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])])
     for problem in args.problems:
         table = word_problems.multiplication_table(problem).to(device)

@@ -52,9 +52,7 @@ def add(path: Path, header: dict[str, Any], command: str, runs: list[Run]) -> No
         content["date"] = header["date"]
         content["command"] += [] if command in content["command"] else [command]
         content["expressivity"] += [run for run in runs if identity(run) not in known]
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(report.as_json(content))
-        draft.replace(path)
+        report.save(path, content)
 
 
 @contextmanager

@@ -22,8 +22,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import report
 import torch
 from tqdm import tqdm
@@ -173,13 +174,8 @@ def long_text(name: str, config: ModelConfig, tokens: int, device: torch.device)
     return rows
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"generation_speed: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("generation_speed", __doc__)
     parser.add_argument("--presets", nargs="+", default=["40m", "100m", "1b"], help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="texts side by side")
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 16384, 65536], metavar="T",
@@ -204,8 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
     except ValueError as error:
-        print(f"generation_speed: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("generation_speed", error)
     rate = read_gbps(device)
     content: dict[str, Any] = {**report.environment(), "read_gbps": rate, "generation": []}
 

@@ -29,13 +29,14 @@ import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import report
 
 from newllm import checkpoint
 from newllm.config import ModelConfig, count_parameters
-from newllm.errors import UserError, one_line
+from newllm.errors import UserError
 from newllm.run import Run, find_run
 from newllm.training_config import TrainingConfig
 
@@ -289,6 +290,16 @@ def section(results: Path, pictures: Path, relative: str) -> str:
             if painter(found, path):
                 parts.append(f"![{group}: {name}]({relative}/{path.name})")
         parts += [judgement(content) for content in judged.get(group, [])]
+    for path in sorted(results.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "trials" in content:
+            commands = "\n".join(content["command"])
+            parts += [
+                f"### {path.stem}",
+                f"{content['device']}, {content['date'][:10]}"
+                + (f": {content['note']}." if "note" in content else "."),
+            ]
+            parts += [report.trials_table(content), f"```\n{commands}\n```"]
     speeds = contexts(results)
     if any("contexts" in content for _, content in speeds):
         parts.append("### Length of context")
@@ -316,13 +327,8 @@ def run_write(args: argparse.Namespace) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"model_report: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("model_report", __doc__)
     parser.set_defaults(
         run=run_write, page=ROOT / "docs" / "model.md", results=ROOT / "benchmarks" / "results" / "model"
     )
@@ -347,8 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (UserError, OSError) as error:
-        print(f"model_report: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("model_report", error)
 
 
 if __name__ == "__main__":

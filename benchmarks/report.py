@@ -393,11 +393,35 @@ def generation_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def trials_table(content: dict[str, Any]) -> str:
+    """Markdown: validation perplexity of every recipe with one setting changed, then with several."""
+    found = {(trial["recipe"], trial["trial"]): trial["valid_perplexity"] for trial in content["trials"]}
+    recipes = list(dict.fromkeys(recipe for recipe, _ in found))
+    best = {recipe: min(v for (of, _), v in found.items() if of == recipe and v is not None) for recipe in recipes}
+
+    def cell(recipe: str, value: float | None) -> str:
+        return "diverged" if value is None else f"**{value:.2f}**" if value == best[recipe] else f"{value:.2f}"
+
+    names = dict.fromkeys(name for _, name in found)
+    alone = [name for name in names if "+" not in name]
+    lines = [[name, *(cell(of, found[of, name]) if (of, name) in found else "-" for of in recipes)] for name in alone]
+    several = [
+        [recipe, name.replace("+", ", "), cell(recipe, value)] for (recipe, name), value in found.items() if "+" in name
+    ]
+    return "\n\n".join(
+        [
+            f"{content['steps']:,} steps each; validation perplexity, a recipe's best in bold.",
+            _cells(["one change", *recipes], lines),
+            _cells(["recipe", "several changes", "perplexity"], several),
+        ]
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """A results file, of the benchmarks (rows), or of train_speed.py (runs, contexts), generation_speed.py, expressivity.py or
-    recurrent.py (their names)."""
+    """A results file, of the benchmarks (rows), or of train_speed.py (runs, contexts), generation_speed.py, expressivity.py,
+    recurrent.py or trials.py (their names)."""
     content = json.loads(path.read_text())
-    kinds = {"runs", "contexts", "generation", "expressivity", "recurrent"}
+    kinds = {"runs", "contexts", "generation", "expressivity", "recurrent", "trials"}
     if not isinstance(content, dict) or not (kinds & content.keys() or {"rows", "copy_gbps"} <= content.keys()):
         raise ValueError("has no rows of benchmarks")
     return content
@@ -427,6 +451,8 @@ def main(arguments: list[str]) -> int:
             body = contexts_table(content)
         elif "expressivity" in content:
             body = expressivity_report.table(content)
+        elif "trials" in content:
+            body = trials_table(content)
         elif "recurrent" in content:
             body = recurrent_report.table(content["recurrent"])
         else:

@@ -21,14 +21,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import numpy as np
 import report
 import torch
@@ -172,13 +172,8 @@ def where_time_goes(steps: Callable[[], Any], cuda: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train_speed: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("train_speed", __doc__)
     parser.add_argument("--preset", default="40m", help=f"one of {', '.join(PRESETS)} (default: 40m)")
     parser.add_argument("--config", metavar="NAME", help="a recipe instead of a preset, with its model as it stands")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="of the model (default: the preset's)")
@@ -232,11 +227,9 @@ def main_contexts(args: argparse.Namespace, model: ModelConfig, config: Training
 
 
 def write(path: Path | None, content: dict[str, Any]) -> None:
-    """All or nothing, where a file is wanted."""
+    """Where a file is wanted."""
     if path:
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        draft.replace(path)
+        report.save(path, content)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,8 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--contexts {min(args.contexts)}: wanted lengths of at least 1")
         chosen = configurations(model, config.segment)
     except ValueError as error:
-        print(f"train_speed: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("train_speed", error)
     if args.contexts is not None:
         return main_contexts(args, model, config)
     content: dict[str, Any] = {

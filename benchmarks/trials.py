@@ -24,13 +24,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import report
 from tqdm import tqdm
 
 from newllm.config import preset
-from newllm.errors import UserError, one_line
+from newllm.errors import UserError
 from newllm.recipe import read_recipe
 from newllm.training_config import TRAINING_PRESETS
 
@@ -217,13 +218,8 @@ def run_training(folder: Path, data: str, steps: int) -> Train:
     return train
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"trials: error: {one_line(message)}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = command_line.parser("trials", __doc__)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="names or files, as of newllm train --config")
     parser.add_argument("--data", required=True, help="as of newllm train")
     parser.add_argument("--steps", type=int, default=8000, help="of every trial (default: 8000)")
@@ -241,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
         recipes = {name: settings_of(name) for name in args.recipes}
-        content: dict[str, Any] = {**report.environment(), "steps": args.steps, "trials": []}
+        command = " ".join(["python benchmarks/trials.py", *(arguments or sys.argv[1:])])
+        content: dict[str, Any] = {**report.environment(), "command": [command], "steps": args.steps, "trials": []}
 
         def note(trial: dict[str, Any]) -> None:
             content["trials"].append(trial)
@@ -255,8 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tqdm(total=search.left, unit="trial", leave=False, disable=None) as bar:
             search.run(args.gpus or [None])
     except ValueError as error:
-        print(f"trials: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return command_line.refuse("trials", error)
     for name in recipes:
         trial, perplexity = search.best(name)
         more = " ".join(options(search.settings[name][trial]))

@@ -53,9 +53,10 @@ def test_a_search_trains_every_trial_once_and_finds_the_best(gpus):
     for recipe in recipes:
         assert search.best(recipe) == ("lr-low+noise-high+dropout-low", 44.0)
         name = search.best(recipe)[0]
+        was = recipes[recipe]
+        rates = ("dropout", "input_dropout", "output_dropout")
         assert search.settings[recipe][name] == {
-            "lr": recipes[recipe]["lr"] / 1.5, "noise": 0.2, "dropout": pytest.approx(0.2), "input_dropout": pytest.approx(0.3),
-            "output_dropout": pytest.approx(0.3),
+            "lr": was["lr"] / 1.5, "noise": 2 * was["noise"], **{rate: pytest.approx(was[rate] - 0.1) for rate in rates}
         }  # fmt: skip
 
 
@@ -84,6 +85,9 @@ def test_trials_train_and_are_taken_up_again(tmp_path, capsys, monkeypatch):
     assert "best of 2" in capsys.readouterr().out
     content = json.loads(results.read_text())
     assert [trial["trial"] for trial in content["trials"]] == ["as-it-is", "lr-high"]
+    printed = trials.report.trials_table(content)
+    assert all(f"{trial['valid_perplexity']:.2f}" in printed for trial in content["trials"])
+    assert printed.count("**") == 2  # the best
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained once more"))
     assert trials.main([*arguments, "--results", str(results)]) == 0
     assert json.loads(results.read_text())["trials"] == content["trials"]
