@@ -36,16 +36,22 @@ def check(model: ModelConfig) -> None:
 
 
 def prepare(
-    folder: Run, model: ModelConfig, config: TrainingConfig, data: Data, command: str, minutes: float | None = None
+    folder: Run,
+    model: ModelConfig,
+    config: TrainingConfig,
+    data: Data,
+    command: str,
+    minutes: float | None = None,
+    baseline_recall: bool = False,
 ) -> None:
     """Make the runs <folder>/<model's architecture> and <folder>/transformer, neither of them trained yet. `minutes`: of
-    training for each, in place of the steps of `config`."""
+    training for each, in place of the steps of `config`. `baseline_recall`: the Transformer has the model's tables of recall, too."""
     check(model)
     if minutes is not None:
         config = dataclasses.replace(config, steps=max(config.steps, _measured_steps(config) + 1))
     model = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     with arguments_are_the_users():
-        baseline = transformer_like(model)
+        baseline = transformer_like(model, recall=baseline_recall)
     # Longer positions than a segment has would be used at evaluation without ever having been trained.
     baseline = dataclasses.replace(baseline, max_seq_len=config.segment)
     for contestant in (model, baseline):

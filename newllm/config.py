@@ -32,8 +32,8 @@ class ModelConfig:
 
     - `newllm`: all but `num_heads`, `max_seq_len`; `hidden_dim` and `activation` only where `fnn_layers > 0`.
     - `classic`: one cell, so not `num_layers`, `ffn_dim`, `recall`, `recall_dropout`, `num_heads`, `max_seq_len`, `tie_embeddings`.
-    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, all dropouts but `recurrent_dropout` and `recall_dropout`,
-      `softmaxes`, `tie_embeddings`, `num_heads`, `max_seq_len`.
+    - `transformer`: `vocab_size`, `embed_dim`, `num_layers`, `ffn_dim`, `recall`, all dropouts but `recurrent_dropout`, `softmaxes`,
+      `tie_embeddings`, `num_heads`, `max_seq_len`.
     """
 
     architecture: str = "newllm"  # "newllm" residual stack | "classic" single cell | "transformer" baseline
@@ -95,9 +95,7 @@ class ModelConfig:
             self._require(fits, name, "a number in [0, 1)")
         for name in ("locked_dropout", "tie_embeddings"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
-        self._require(
-            self.recall == 0 or self.architecture == "newllm", "recall", f'0 with architecture="{self.architecture}"'
-        )
+        self._require(self.recall == 0 or self.architecture != "classic", "recall", '0 with architecture="classic"')
         self._require(self.recall > 0 or self.recall_dropout == 0, "recall_dropout", "0: there is no recall")
         if self.architecture == "transformer":
             even_heads = self.embed_dim % (2 * self.num_heads) == 0  # RoPE turns pairs of features
@@ -192,8 +190,8 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
-def transformer_like(config: ModelConfig) -> ModelConfig:
-    """A Transformer with the vocabulary, width, dropout and total parameter count (within 2%) of `config`.
+def transformer_like(config: ModelConfig, *, recall: bool = False) -> ModelConfig:
+    """A Transformer with the vocabulary, width, dropout and total parameter count (within 2%) of `config`; with `recall`, its tables too.
 
     The number of layers is the one at which the feed-forward width that meets the count comes nearest to the customary
     8/3 of embed_dim; heads are 64 wide where that divides embed_dim, else the widest even divisor below.
@@ -206,8 +204,10 @@ def transformer_like(config: ModelConfig) -> ModelConfig:
     template = dataclasses.replace(
         config, architecture="transformer", embed_dim=embed_dim, num_heads=embed_dim // head_dim,
         tie_embeddings=True, coupling="none", hops=1, recurrent_dropout=0.0, context_init=1.0, forget_init=4.0,
-        input_init=0.0, recall=0, recall_dropout=0.0,
+        input_init=0.0,
     )  # fmt: skip
+    if not recall:
+        template = dataclasses.replace(template, recall=0, recall_dropout=0.0)
     target = count_parameters(config)
     ideal = 8 / 3 * embed_dim
     fits = sorted(_transformers_of(template, target), key=lambda fit: abs(math.log(fit.ffn_dim / ideal)))

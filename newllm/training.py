@@ -193,7 +193,7 @@ class Trainer:
         carries = self.model.carries_context
         # The start of a text differs from all that follows in what has a gradient: once an epoch, not worth compiling for.
         with self.uncompiled() if carries and segment.fresh else nullcontext():
-            x, state = self.forward(inputs, self._begin() if carries and not segment.fresh else None)  # (B, T, F)
+            x, state = self.forward(inputs, None if segment.fresh else self._begin())  # (B, T, F)
         advice = None
         if self.advice is not None:
             advice = self.advice.at(self.streams.positions(self._offset, segment.length), self.config.teacher_share)
@@ -201,7 +201,7 @@ class Trainer:
         objective = nll.mean() + self._penalties(x)
         (objective / self.config.grad_accum).backward()
         self.weights.collect_gradients(first)
-        if carries:
+        if state := self.model.carried(state):
             self._carry(state)
         self._loss_sum += nll.detach().sum()
 

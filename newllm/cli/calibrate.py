@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     of = find_run(args.of)
     device = device_settings(args)
     before = of.model_config()
-    if before.architecture != "newllm":
+    if before.architecture == "classic":
         raise UserError(f"{of.path}: is a run of architecture {before.architecture}, which takes no recall")
     entries = args.recall if args.recall is not None else before.recall or ENTRIES
     if entries < 1:

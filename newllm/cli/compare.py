@@ -37,12 +37,15 @@ def _prepared(args: argparse.Namespace) -> Run:
     apply_recipe(args)
     model, config = model_settings(args), training_settings(args)
     compare.check(model)  # before the data is read
+    if args.transformer_recall and model.recall == 0:
+        raise UserError("--transformer-recall: the model that it would have the tables of has none; give --recall N")
     if config.teacher_share > 0:
         raise UserError(
             f"--teacher-share {config.teacher_share:g}: a comparison has no teachers; train both with newllm train --teacher"
         )
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
-    compare.prepare(folder, model, config, data_settings(args, model), args.typed, args.minutes)
+    data = data_settings(args, model)
+    compare.prepare(folder, model, config, data, args.typed, args.minutes, args.transformer_recall)
     return folder
 
 
@@ -50,6 +53,7 @@ def _interrupted(args: argparse.Namespace) -> Run:
     fields = NEW_RUN_FIELDS | {field for _, field, _, _ in (*MODEL_OPTIONS, *TRAINING_OPTIONS)}
     refused = sorted(field for field in fields if hasattr(args, field))
     refused += [field for field in ("config", "minutes") if getattr(args, field) is not None]
+    refused += ["transformer_recall"] if args.transformer_recall else []
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")

@@ -16,7 +16,7 @@ MODEL_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--embed-dim", "embed_dim", int, "E, width of embeddings and of the residual stream"),
     ("--hidden-dim", "hidden_dim", int, "H, width of the network that computes the gates"),
     ("--context-dim", "context_dim", int, "D, width of a context vector"),
-    ("--recall", "recall", int, "entries of each table of what followed the last 1, 2 and 3 tokens (New-LLM)"),
+    ("--recall", "recall", int, "entries of each table of what followed the last 1, 2 and 3 tokens"),
     ("--recall-dropout", "recall_dropout", float, "of recalled words among the inputs"),
     ("--layers", "num_layers", int, "layers"),
     ("--ffn-dim", "ffn_dim", int, "F, inner width of the feed-forward networks"),
@@ -190,7 +190,7 @@ EVAL_TEXT = (
     "Perplexity of a run's best checkpoint, beside that of word counts alone (the unigram model of its training text)."
 )
 CALIBRATE_TEXT = (
-    "Give a trained New-LLM tables of recall: what followed the last 1, 2 and 3 tokens, and which words are recent. Their shares of a "
+    "Give a trained model tables of recall: what followed the last 1, 2 and 3 tokens, and which words are recent. Their shares of a "
     "prediction are set so that the run's validation text is likeliest; nothing else is trained. Writes the model as a new run. Of a run "
     "that was trained with recall the shares are set anew."
 )
@@ -253,6 +253,9 @@ def _compare_options(parser: Parser) -> None:
     parser.add_argument("--resume", metavar="PATH", help="go on with a comparison that was interrupted (a folder)")
     parser.add_argument("--minutes", type=float, metavar="X", help="train each for X minutes instead of for the same steps; its own "
                         "first steps tell how many that are")  # fmt: skip
+    parser.add_argument(
+        "--transformer-recall", action="store_true", help="give the Transformer the same tables of recall, too"
+    )
     _new_run_options(parser)
 
 

@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
     of features, which never holds all logits at once. Features are a tensor or, where the softmax is not all there is, `Pointed`.
     """
 
-    carries_context = True  # whether training may hand the state of one segment to the next
+    carries_context = True  # whether what it remembers of a text goes on from segment to segment in training
     head: nn.Linear  # (F -> V), no bias
 
     def __init__(self, config: ModelConfig) -> None:
@@ -105,6 +105,10 @@ class LanguageModel(nn.Module):
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         """The state that `None` stands for, for `batch_size` texts."""
         raise NotImplementedError
+
+    def carried(self, state: State) -> State:
+        """What of a state the next segment of training starts from; where it is nothing, it starts afresh."""
+        return state
 
     def num_parameters(self) -> int:
         """Trainable numbers, those of tied matrices counted once."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from newllm.model.classic import Classic
 from newllm.model.common import AS_IT_IS, LanguageModel, Mixing, State
-from newllm.model.decoding_recall import RecallStep
+from newllm.model.decoding_recall import RecallStep, fitting
 from newllm.model.mixer import ContextCell
 from newllm.model.newllm import Block, NewLLM
 from newllm.model.transformer import Transformer
@@ -84,14 +84,7 @@ class ProgramDecoder:
         self.recall = RecallStep(model, rows, tables, acc) if tables else None
         build = _newllm_layers if isinstance(model, NewLLM) else _classic_layers
         with torch.no_grad():
-            try:
-                self.program = DecodeProgram(list(build(model, self)), rows)
-            except TooManyRows:
-                # Only where the product with recalled words is the widest layer does splitting it help.
-                if self.recall is None or max(model.recall.out.weight.shape) <= model.config.ffn_dim:
-                    raise
-                self.recall.split_by_order()
-                self.program = DecodeProgram(list(build(model, self)), rows)
+            self.program = fitting(lambda: DecodeProgram(list(build(model, self)), rows), self.recall, model)
 
     def load(self, state: State) -> None:
         """Go on from a state of the model."""

@@ -7,8 +7,9 @@ On a GPU two kernels (newllm/model/recall_triton.py); elsewhere, and in float64,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,23 @@ from torch import Tensor
 from newllm.model.common import Mixing, State
 from newllm.model.newllm import NewLLM
 from newllm.model.recall import ORDERS, WORDS, Pointed
+from newllm.model.transformer import Transformer
+from newllm_kernels.decode_linear import TooManyRows
 from newllm_kernels.decode_linear.program import Activation, DecodeLayer
+
+Made = TypeVar("Made")
+
+
+def fitting(build: Callable[[], Made], step: RecallStep | None, model: NewLLM | Transformer) -> Made:
+    """What `build` makes; once more, with the product with recalled words split, where that is what is too wide for it."""
+    try:
+        return build()
+    except TooManyRows:
+        # Only where that product is the widest layer does splitting it help.
+        if step is None or max(model.recall.out.weight.shape) <= model.config.ffn_dim:
+            raise
+        step.split_by_order()
+        return build()
 
 
 class RecallStep:
@@ -24,7 +41,7 @@ class RecallStep:
 
     split = False
 
-    def __init__(self, model: NewLLM, rows: int, tables: State, dtype: torch.dtype) -> None:
+    def __init__(self, model: NewLLM | Transformer, rows: int, tables: State, dtype: torch.dtype) -> None:
         self.recall, self.embedding, self.tables = model.recall, model.embedding, tables
         device, E = model.embedding.weight.device, model.config.embed_dim
         self.recalled = torch.zeros(rows, ORDERS, E, dtype=dtype, device=device)
@@ -37,7 +54,7 @@ class RecallStep:
         self.next: State = {}
 
     def layers(self) -> Iterator[DecodeLayer]:
-        """x = base + W recalled; returns the Activation that takes x."""
+        """x = base + W recalled; returns the Activation that takes x, y of the last layer."""
         weight, x = self.recall.out.weight, self.base
         E = weight.shape[0]
         pieces = [(self.recalled.flatten(1), weight)]

@@ -6,20 +6,23 @@ for rotary turn, append and attention.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from newllm.model.common import AS_IT_IS, State
 from newllm.model.decode_attention import CachedAttention
+from newllm.model.decoding_recall import RecallStep, fitting
 from newllm.model.transformer import Transformer, rotary_angles
 from newllm_kernels.decode_linear.program import Activation, DecodeLayer, DecodeProgram
 
 
 class CacheDecoder:
     """Static buffers: tokens (B,) int64, position (B,) int64, logits (B, V), and per layer keys and values
-    (B, heads, max_seq_len, head_dim) in the dtype of the weights."""
+    (B, heads, max_seq_len, head_dim) in the dtype of the weights. With recall the first program begins at what is recalled."""
 
-    mixing = AS_IT_IS  # a Transformer has no use for it
+    mixing = AS_IT_IS
 
     def __init__(self, model: Transformer, rows: int) -> None:
         config, weight = model.config, model.embedding.weight
@@ -39,8 +42,11 @@ class CacheDecoder:
         self.keys = [buffer(*shape, dtype=dtype) for _ in model.blocks]
         self.values = [buffer(*shape, dtype=dtype) for _ in model.blocks]
         self.attention = CachedAttention(rows, self.heads, self.window, self.head_dim, device)
+        initial = model.initial_state(rows, device)
+        tables = {key: value for key, value in initial.items() if key.startswith("recall.")}
+        self.recall = RecallStep(model, rows, tables, acc) if tables else None
         with torch.no_grad():
-            self.programs = self._programs(model, rows)
+            self.programs = fitting(lambda: self._programs(model, rows), self.recall, model)
 
     def _programs(self, model: Transformer, rows: int) -> list[DecodeProgram]:
         """The linear layers before the first attention, between two, and after the last."""
@@ -57,15 +63,19 @@ class CacheDecoder:
                 y=self.qkv,
             )
 
-        table = model.embedding.weight
-        programs = [DecodeProgram([projection(table, 0, self.tokens)], rows)]
+        table, begin, tokens = model.embedding.weight, [], self.tokens
+        first: Tensor | Activation = table  # what the first block reads: the tokens' rows of the table
+        if self.recall is not None:
+            *begin, last = self.recall.layers()
+            first, tokens, begin = last.y, None, [*begin, dataclasses.replace(last, kept=self.x)]
+        programs = [DecodeProgram([*begin, projection(first, 0, tokens)], rows)]
         for number, block in enumerate(model.blocks):
             norm, ffn = block.ffn_norm, block.ffn
             mixed, inner, x = (Activation(width) for width in (table.shape[1], ffn.out.in_features, table.shape[1]))
             layers = [
                 DecodeLayer(
                     self.attended, weights=(block.attention.out.weight,), y=mixed,
-                    residual=self.x if number else table, residual_tokens=None if number else self.tokens,
+                    residual=self.x if number or begin else table, residual_tokens=None if number else tokens,
                 ),
                 DecodeLayer(
                     mixed, norm=(norm.weight, norm.bias), eps=norm.eps, weights=ffn.gate_and_value.weight.chunk(2), y=inner,
@@ -95,12 +105,18 @@ class CacheDecoder:
         for n, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             keys.scatter_(2, index, state[f"layers.{n}.keys"].to(keys.dtype))
             values.scatter_(2, index, state[f"layers.{n}.values"].to(values.dtype))
+        if self.recall is not None:
+            self.recall.load(state)
 
     def run(self) -> None:
         """tokens -> logits, one token on."""
+        if self.recall is not None:
+            self.recall.before(self.tokens)
         rotation = rotary_angles(self.position, self.head_dim, torch.float32)  # (B, head_dim / 2) each
         self.programs[0].run()
         for n, program in enumerate(self.programs[1:]):
             self.attention(self.qkv, rotation, self.position, self.keys[n], self.values[n], self.attended)
             program.run()
+        if self.recall is not None:
+            self.recall.after(self.tokens, self.logits, self.mixing)
         self.position.add_(1)

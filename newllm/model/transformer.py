@@ -2,7 +2,7 @@
 
 Attention looks back over a window of max_seq_len tokens, the present one included, in training and in generation
 alike, so the key-value cache is bounded, and feeding tokens one at a time gives the logits of the parallel forward for
-texts of any length.
+texts of any length. With `recall` it has the same tables as New-LLM, so that the two can be compared with and without.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from newllm.config import ModelConfig
 from newllm.model.common import Dropout, Embedding, LanguageModel, State, SwiGLU, init_linear, input_dropout
+from newllm.model.recall import TABLES, Pointed, Recall, initial_tables
 from newllm_kernels import LayerNorm
 
 ROPE_BASE = 10000.0
@@ -93,13 +94,17 @@ class Block(nn.Module):
 
 class Transformer(LanguageModel):
     """State: `position` (B,) int64, tokens read so far, and per layer `layers.<n>.keys`, `layers.<n>.values`
-    (B, heads, S, head_dim), S <= max_seq_len - 1, in the dtype attention computes in."""
+    (B, heads, S, head_dim), S <= max_seq_len - 1, in the dtype attention computes in; with recall its tables, as NewLLM has them.
 
-    carries_context = False  # training starts every segment afresh; the cache serves generation
+    A state of those tables alone is that of a text whose attention begins here: in training segments start so.
+    """
+
+    carries_context = False  # attention starts every segment of training afresh; the cache serves generation
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embedding = Embedding(config.vocab_size, config.embed_dim, config.embed_dropout)
+        self.recall = Recall(config) if config.recall else None
         self.dropout = input_dropout(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.embed_dim)
@@ -128,16 +133,33 @@ class Transformer(LanguageModel):
         empty = torch.empty(batch_size, self.config.num_heads, 0, head_dim, device=device, dtype=weight.dtype)
         state = {key: empty.clone() for key in self._keys()}
         state["position"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return state
+        return state | self._initial_tables(batch_size, device)
 
-    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> features (B, T, E), state after the last token."""
-        self.check_inputs(tokens, state, self._keys())
+    def _initial_tables(self, batch_size: int, device: torch.device) -> State:
+        if self.recall is None:
+            return {}
+        wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        return initial_tables(batch_size, self.config, device, wide)
+
+    def carried(self, state: State) -> State:
+        return {} if self.recall is None else {key: state[key] for key in TABLES}
+
+    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor | Pointed, State]:
+        """tokens (B, T) int64 -> features (B, T, E), state after the last token. With recall, where it is not trained, they point at words."""
+        tables = () if self.recall is None else TABLES
+        afresh = state is not None and bool(tables) and state.keys() == set(tables)  # attention begins here
+        self.check_inputs(tokens, state, tables if afresh else [*self._keys(), *tables])
         B, T = tokens.shape
         window = self.config.max_seq_len
-        x = self.dropout(self.embedding(tokens))  # (B, T, E)
+        if self.recall is None:
+            x, new_state = self.embedding(tokens), {}  # (B, T, E)
+        else:
+            before = self._initial_tables(B, tokens.device) if state is None else {key: state[key] for key in TABLES}
+            x, pointed, new_state = self.recall(tokens, self.embedding, before)
+        x = self.dropout(x)
 
-        if state is None:
+        if state is None or afresh:
+            state = None
             position = torch.zeros(B, dtype=torch.int64, device=tokens.device)
             cached, fully_causal = 0, window >= T
         else:
@@ -149,11 +171,14 @@ class Transformer(LanguageModel):
         cos, sin = rotary_angles(positions, self.config.embed_dim // self.config.num_heads, wide)
         rotation = (cos[:, None], sin[:, None])  # (B, 1, T, head_dim / 2): the same for all heads
 
-        new_state = {"position": position + T}
+        new_state["position"] = position + T
         keep = max(cached + T - (window - 1), 0)  # the next token sees window - 1 tokens before it
         for n, block in enumerate(self.blocks):
             cache = None if state is None else (state[f"layers.{n}.keys"], state[f"layers.{n}.values"])
             x, k, v = block(x, rotation, mask, cache)
             new_state[f"layers.{n}.keys"] = k[:, :, keep:]
             new_state[f"layers.{n}.values"] = v[:, :, keep:]
-        return self.final_norm(x), new_state
+        x = self.final_norm(x)
+        if self.recall is None or self.training:
+            return x, new_state
+        return pointed._replace(x=x), new_state

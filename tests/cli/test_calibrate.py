@@ -78,11 +78,25 @@ def test_bad_arguments(newllm, trained, arguments, message):
     assert done.err.count("\n") == 1
 
 
-def test_a_transformer_takes_none(newllm, text):
-    assert newllm("train", "--data", text, *TINY, "--architecture", "transformer", "--run", "t").code == 0
-    done = newllm("calibrate", "t")
+def test_a_classic_cell_takes_none(newllm, text):
+    classic = ["--architecture", "classic", "--coupling", "full", "--fnn-layers", 1]
+    assert newllm("train", "--data", text, *TINY, *classic, "--run", "c").code == 0
+    done = newllm("calibrate", "c")
     assert done.code == 2
-    assert "architecture transformer, which takes no recall" in done.err
+    assert "architecture classic, which takes no recall" in done.err
+
+
+def test_a_transformer_gets_it_or_is_trained_with_it(newllm, text, runs_root):
+    transformer = ["--data", text, *TINY, "--architecture", "transformer"]
+    assert newllm("train", *transformer, "--run", "plain").code == 0
+    assert newllm("calibrate", "plain", "--run", "given").code == 0
+    assert newllm("train", *transformer, "--recall", 100, "--run", "with").code == 0
+    assert Run(runs_root / "plain").model_config().recall == 0
+    assert Run(runs_root / "given").model_config().recall == 16384
+    assert Run(runs_root / "with").weights()["recall.out.weight"].any()  # recalled words are inputs that it learns from
+    for run in ("given", "with"):
+        assert Run(runs_root / run).weights()["recall.shares"].max() > 0
+        assert newllm("generate", "the", "--run", run, "--max-tokens", 5).code == 0
 
 
 @pytest.mark.parametrize("old", [torch.zeros(7, 2), None], ids=["of-two", "none"])

@@ -111,6 +111,22 @@ def test_equal_minutes_give_each_its_own_steps(newllm, text, tmp_path, monkeypat
         assert "--minutes" in err
 
 
+def test_a_transformer_with_recall_has_the_same_tables_and_parameters(newllm, text, tmp_path):
+    done = newllm("compare", "--data", text, *TINY, "--recall", 50, "--transformer-recall", "--out", tmp_path / "c")
+    assert done.code == 0
+    ours, theirs = (Run(tmp_path / "c" / name).model_config() for name in ("newllm", "transformer"))
+    assert ours.recall == theirs.recall == 50
+    rows = json.loads((tmp_path / "c" / "compare.json").read_text())["models"]
+    assert rows[1]["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02)
+    for wrong, message in (
+        (["--recall", 0], "give --recall N"),
+        (["--resume", tmp_path / "c"], "does not take --transformer-recall"),
+    ):
+        code, _, err = newllm("compare", "--transformer-recall", *wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
 def test_a_model_without_a_transformer_of_its_size_is_one_line(newllm, text):
     code, _, err = newllm("compare", "--data", text, *TINY, "--architecture", "transformer")
     assert code == 2

@@ -31,9 +31,9 @@ def walk() -> dict[str, ModelConfig]:
         configs[f"newllm-recall{entries}"] = ModelConfig(**SMALL, fnn_layers=0, recall=entries)
     configs["newllm-recall-hops-mixture"] = ModelConfig(**SMALL, coupling="hops", hops=2, softmaxes=2, recall=30)
     for window in (5, 64):  # shorter and longer than the texts of the tests
-        configs[f"transformer-window{window}"] = ModelConfig(
-            architecture="transformer", vocab_size=VOCAB, embed_dim=12, num_heads=3, ffn_dim=13, max_seq_len=window
-        )
+        settings = {"vocab_size": VOCAB, "embed_dim": 12, "num_heads": 3, "ffn_dim": 13, "max_seq_len": window}
+        configs[f"transformer-window{window}"] = ModelConfig(architecture="transformer", **settings)
+        configs[f"transformer-window{window}-recall"] = ModelConfig(architecture="transformer", **settings, recall=30)
     return configs
 
 

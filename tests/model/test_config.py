@@ -141,6 +141,14 @@ def test_transformer_like_matches_parameters_within_two_percent(config):
     assert ModelConfig.from_dict(like.to_dict()) == like
 
 
+def test_transformer_like_with_the_same_tables():
+    config = dataclasses.replace(preset("40m"), recall_dropout=0.1)
+    like = transformer_like(config, recall=True)
+    assert (like.recall, like.recall_dropout) == (config.recall, 0.1)
+    assert (transformer_like(config).recall, transformer_like(config).recall_dropout) == (0, 0.0)
+    assert abs(count_parameters(like) / count_parameters(config) - 1) <= 0.02
+
+
 def test_transformer_like_of_a_transformer_is_itself():
     config = transformer_like(preset("tiny"))
     assert transformer_like(config) is config

@@ -18,7 +18,7 @@ from newllm_kernels.decode_linear.program import DecodeProgram
 # As in test_golden.py; in bfloat16, each of some ten layers a token rounds what it reads, to 2^-9, and contexts remember.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 WITH_DECODER = [name for name, config in RECURRENT.items() if config.softmaxes == 1]
-TRANSFORMERS = ["transformer-window5", "transformer-window64"]
+TRANSFORMERS = [name for name, config in WALK.items() if config.architecture == "transformer"]
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="the cache's attention is in Triton")
 
 
@@ -102,11 +102,14 @@ def test_a_product_with_recalled_words_that_is_too_wide_goes_in_three(device, mo
         make(program, layers, rows)
 
     monkeypatch.setattr(DecodeProgram, "__init__", narrow)
-    model = make_model(WALK["newllm-recall1000"], torch.float32).to(device)
-    tokens = make_tokens(3, 12).to(device) % 4
-    decoder = make_decoder(model, 3)
-    assert (widths[0][0], widths[1][:3]) == (30, [10, 10, 10])
-    assert relative_error(step_by_step(decoder, tokens), model(tokens)[0]) < TOLERANCE[torch.float32]
+    for name in ("newllm-recall1000", *(["transformer-window5-recall"] if find_spec("triton") else [])):
+        widths.clear()
+        model = make_model(WALK[name], torch.float32).to(device)
+        tokens = make_tokens(3, 12).to(device) % 4
+        decoder = make_decoder(model, 3)
+        E = model.config.embed_dim
+        assert (widths[0][0], widths[1][:3]) == (3 * E, [E, E, E])
+        assert relative_error(step_by_step(decoder, tokens), model(tokens)[0]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu

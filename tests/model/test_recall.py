@@ -270,7 +270,6 @@ def test_a_model_learns_to_copy_what_no_context_can_hold():
     ("settings", "message"),
     [
         ({"recall": -1}, "ModelConfig.recall is -1, wanted an integer of at least 0"),
-        ({"recall": 5, "architecture": "transformer"}, 'wanted 0 with architecture="transformer"'),
         ({"recall": 5, "architecture": "classic", "coupling": "full"}, 'wanted 0 with architecture="classic"'),
     ],
 )

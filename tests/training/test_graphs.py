@@ -23,6 +23,9 @@ MODELS = {
     "hops": dataclasses.replace(MODEL, coupling="hops", hops=2, recurrent_dropout=0.2),
     "recall": dataclasses.replace(MODEL, recall=60, recall_dropout=0.2),
     "transformer": dataclasses.replace(MODEL, architecture="transformer", num_heads=2, max_seq_len=18),
+    "transformer-recall": dataclasses.replace(
+        MODEL, architecture="transformer", num_heads=2, max_seq_len=18, recall=60, recall_dropout=0.2
+    ),
 }
 CONFIG = TrainingConfig(
     steps=30, batch_size=4, segment=16, random_segments=True, grad_accum=2, lr=3e-3, warmup=3, average=0.9, average_start=10,
@@ -62,6 +65,7 @@ def assert_same(got, want):
         ("none", "float32", {"spelling": 40, "noise": 0.2}),
         ("hops", "bfloat16", {}),
         ("transformer", "bfloat16", {}),
+        ("transformer-recall", "bfloat16", {}),
     ],
 )
 def test_graphs_train_what_eager_steps_train(tmp_path, name, precision, more):

@@ -18,6 +18,7 @@ from newllm.config import ModelConfig
 from newllm.data import Segment
 from newllm.errors import UserError
 from newllm.evaluation import Score, evaluate
+from newllm.model.recall import TABLES
 from newllm.run import Run
 from newllm.training import Trainer
 from newllm.training_config import TrainingConfig
@@ -228,10 +229,26 @@ def test_a_transformer_starts_every_segment_afresh(tmp_path):
     assert one.state is None
 
 
+def test_a_transformer_carries_its_tables_of_recall(tmp_path):
+    """And attention begins afresh: nothing else is handed on."""
+    one = trainer(tmp_path, dataclasses.replace(TRANSFORMER, recall=50))
+    states = []
+    real = one.forward
+    one.forward = lambda tokens, state: (
+        states.append(state and {k: v.clone() for k, v in state.items()}),
+        real(tokens, state),
+    )[1]
+    one.train(3)
+    assert states[0] is None
+    assert all(state.keys() == set(TABLES) for state in states[1:])
+    assert all((state["recall.entries"] >= 0).any() for state in states[1:])
+    assert not torch.equal(states[1]["recall.entries"], states[2]["recall.entries"])
+
+
 @pytest.mark.parametrize(
     "model",
-    [MODEL, FULL, TRANSFORMER, dataclasses.replace(MODEL, recall=50, recall_dropout=0.2)],
-    ids=["none", "full", "transformer", "recall"],
+    [MODEL, FULL, TRANSFORMER, *(dataclasses.replace(m, recall=50, recall_dropout=0.2) for m in (MODEL, TRANSFORMER))],
+    ids=["none", "full", "transformer", "recall", "transformer-recall"],
 )
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, model, stop):
