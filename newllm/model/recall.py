@@ -132,7 +132,7 @@ def recall(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, di
     T = tokens.shape[1]
     leaves = torch.where(after[..., :-1] >= T, slots[..., :-1], S)
     left = torch.cat((written[..., None], read[..., :-1, : VISITS - 1]), dim=-1).to(entries.dtype)
-    beyond = table.scatter(2, leaves[..., None].expand(left.shape), left)
+    beyond = table.scatter_(2, leaves[..., None].expand(left.shape), left)
     new = {
         "recall.recent": count(tokens, state["recall.recent"]),
         "recall.entries": beyond[:, :, :S].contiguous(),
