@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "width-4096": {"context_dim": 4096, "num_layers": 2},
     "depth-2": {"num_layers": 2},
     "depth-6": {"num_layers": 6},
+    "depth-12": {"num_layers": 12},
     "depth-24": {"num_layers": 24, "context_dim": 384},
     "hops-2": {"coupling": "hops", "hops": 2, "context_dim": 512, "num_layers": 8},
     "hops-4": {"coupling": "hops", "hops": 4, "context_dim": 512, "num_layers": 8},
