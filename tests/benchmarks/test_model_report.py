@@ -91,6 +91,10 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
         "failure": "OutOfMemoryError: x",
     }
     (tmp_path / "results" / "speed.json").write_text(json.dumps(contexts))
+    found = [("as-it-is", 71.26), ("lr-low", 70.5), ("noise-high", None), ("lr-low+clip-low", 69.75)]
+    tried = [{"recipe": "ours", "trial": name, "settings": {}, "valid_perplexity": value} for name, value in found]
+    searched = {**report.environment(), "command": ["trials.py ours"], "steps": 30, "trials": tried}
+    (tmp_path / "results" / "searched.json").write_text(json.dumps(searched))
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     for _ in range(2):  # a second time changes nothing
@@ -102,8 +106,19 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| ours "))
     for shown in ("40.0M", "40.00", "33.12", "1.2500", "0.800", "0.3M", "1.5", "25.0%", "context_dim 512"):
         assert shown in row
-    for shown in ("newllm train --run theirs", "out of memory", "upon a time", "A GPU, torch 2.13"):
+    for shown in (
+        "newllm train --run theirs",
+        "out of memory",
+        "upon a time",
+        "A GPU, torch 2.13",
+        "### searched",
+        "trials.py ours",
+    ):
         assert shown in text
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 3}
+    assert [rows[name][2].strip() for name in ("as-it-is", "lr-low", "noise-high")] == ["71.26", "70.50", "diverged"]
+    assert "lr-low, clip-low" in text
+    assert "**69.75**" in text
     pictures = {path.name for path in results.glob("*.png")}
     assert pictures == {"books-curves.png", "books-position.png", "contexts.png"}
     assert all(f"results/model/{name}" in text for name in pictures)
