@@ -102,7 +102,7 @@ def test_runs_are_collected_and_written(tmp_path, capsys):
         text = page.read_text()
     assert (text.count(model_report.BEGIN), text.count(model_report.END)) == (1, 1)
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     row = next(line for line in text.splitlines() if line.startswith("| ours "))
     for shown in ("40.0M", "40.00", "33.12", "1.2500", "0.800", "0.3M", "1.5", "25.0%", "context_dim 512"):
         assert shown in row
