@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import program_tables
 import report
 import torch
 from tqdm import tqdm
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}, a text of {args.long} tokens ...", file=sys.stderr, flush=True)
         content.setdefault("long", []).extend(long_text(name, model, args.long, device))
         keep()
-    print(report.generation_table(content))
+    print(program_tables.generation_table(content))
     failures = [run["failure"] for run in content["generation"] if "failure" in run]
     return 1 if any("OutOfMemory" not in why and DoesNotFit.__name__ not in why for why in failures) else 0
 

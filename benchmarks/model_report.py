@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import command_line
-import report
+import program_tables
+from markdown_cells import cells
 
 from newllm import checkpoint
 from newllm.config import ModelConfig, count_parameters
@@ -231,7 +232,7 @@ def table(runs: list[Results]) -> str:
             "-" if run["mfu"] is None else f"{run['mfu']:.1%}", told[run["name"]] + (f" ({run['note']})" if run["note"] else ""),
         ]  # fmt: skip
         lines.append(line)
-    return report._cells(headers, lines)
+    return cells(headers, lines)
 
 
 def about(runs: list[Results]) -> str:
@@ -272,9 +273,16 @@ def generation_contexts(files: list[Results], presets: set[str]) -> str | None:
         found = {(run["model"], run["context"]): run for run in runs if run["batch"] == 1 and "failure" not in run}
         for (name, context), run in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
             length = "any" if context is None else f"{context:,}"
-            lines.append([f"{preset} {name}", length, f"{run['tokens_per_s']:,.0f}", report._bytes(run["state_bytes"])])
+            lines.append(
+                [
+                    f"{preset} {name}",
+                    length,
+                    f"{run['tokens_per_s']:,.0f}",
+                    program_tables.readable_bytes(run["state_bytes"]),
+                ]
+            )
     headers = ["generation, one text", "tokens read before", "tokens/s", "state"]
-    return report._cells(headers, lines) if lines else None
+    return cells(headers, lines) if lines else None
 
 
 def section(results: Path, pictures: Path, relative: str) -> str:
@@ -299,13 +307,13 @@ def section(results: Path, pictures: Path, relative: str) -> str:
                 f"{content['device']}, {content['date'][:10]}"
                 + (f": {content['note']}." if "note" in content else "."),
             ]
-            parts += [report.trials_table(content), f"```\n{commands}\n```"]
+            parts += [program_tables.trials_table(content), f"```\n{commands}\n```"]
     speeds = contexts(results)
     if any("contexts" in content for _, content in speeds):
         parts.append("### Length of context")
         for _, content in speeds:
             if "contexts" in content:
-                parts += [f"{content['device']}, {content['date'][:10]}:", report.contexts_table(content)]
+                parts += [f"{content['device']}, {content['date'][:10]}:", program_tables.contexts_table(content)]
         files = [content for _, content in speeds]
         presets = {content["preset"] for content in files if "contexts" in content}
         parts += [text for text in [generation_contexts(files, presets)] if text]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from markdown_cells import cells
+
 Row = dict[str, Any]
 HEADERS = (
     "B x T x D", "what", "dtype", "weights", "backend", "passes", "off by", "forward", "in a graph", "backward", "in a graph",
@@ -14,9 +16,7 @@ HEADERS = (
 def table(rows: list[Row]) -> str:
     """Markdown: microseconds a step, by events and in a CUDA graph. Passes forward / backward, + where the rest then went in order;
     off by: relative difference of the contexts from those in order."""
-    from report import _cells
-
-    return _cells(list(HEADERS), [_line(row) for row in rows])
+    return cells(list(HEADERS), [_line(row) for row in rows])
 
 
 def _line(row: Row) -> list[str]:

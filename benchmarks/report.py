@@ -18,8 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import program_tables
 import recurrent_report
 import torch
+from markdown_cells import cells
 
 from newllm import speed
 from newllm_kernels import native
@@ -170,13 +172,6 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _cells(headers: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[k]) for line in [headers, *lines]) for k in range(len(headers))]
-    rule = ["-" * (widths[0] + 1) + "|", *("-" * (width + 1) + ":|" for width in widths[1:])]
-    body = ["| " + " | ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))) + " |" for line in [headers, *lines]]  # fmt: skip
-    return "\n".join([body[0], "|-" + "".join(rule), *body[1:]])
-
-
 def _us(row: Row | None) -> str:
     """Time in a graph; an event time is starred where the others are not: no graph could be made."""
     if row is None:
@@ -213,7 +208,7 @@ def table(rows: list[Row], copy_gbps: float) -> str:
         lines.append([*line, *(_us(group.get(name)) for name in others)])
     parts = [f"Copy bandwidth {copy_gbps:.1f} GB/s (read plus written)."]
     if lines:
-        parts.append(_cells(headers, lines))
+        parts.append(cells(headers, lines))
     if any("*" in cell for line in lines for cell in line):
         parts.append("* by events: no CUDA graph could be made of it.")
     if backends := _backends(timed):
@@ -229,10 +224,10 @@ def table(rows: list[Row], copy_gbps: float) -> str:
             parts.append(f"Inexact: {what}, up to {worst:.0e} off, of {names}.")
     if overhead := _overhead(rows):
         lines = [[name, *(f"{value:.1f}" if value else "-" for value in values)] for name, values in overhead.items()]
-        parts.append(_cells(["host overhead (us)", "no gradients", "recorded", "backward"], lines))
+        parts.append(cells(["host overhead (us)", "no gradients", "recorded", "backward"], lines))
     if wanted := ratios(rows):
         lines = [[r["what"], f"{r['value']:g}", r["wanted"], "yes" if r["met"] else "NO"] for r in wanted]
-        parts.append(_cells(["wanted", "measured", "goal", "met"], lines))
+        parts.append(cells(["wanted", "measured", "goal", "met"], lines))
     return "\n\n".join(parts)
 
 
@@ -257,7 +252,7 @@ def _backends(timed: dict[Key, dict[str, Row]]) -> str | None:
              ratio(peer, best)]
         )  # fmt: skip
     headers = ["our backends (us)", "CUDA C++", "% of copy", "Triton", "% of copy", "best peer", "Triton over CUDA", "peer over the better"]  # fmt: skip
-    return _cells(headers, lines) if lines else None
+    return cells(headers, lines) if lines else None
 
 
 def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:
@@ -267,7 +262,7 @@ def _candidates(timed: dict[Key, dict[str, Row]]) -> str | None:
         found = {name: row for name, row in group.items() if name.startswith(COMPILED)}
         if any(":" in name for name in found):
             lines.append([" ".join(key), ", ".join(f"{name} {_us(row)}" for name, row in found.items())])
-    return _cells(["torch.compile of (us)", "the fastest counts above"], lines) if lines else None
+    return cells(["torch.compile of (us)", "the fastest counts above"], lines) if lines else None
 
 
 def _scaling(rows: list[Row]) -> str | None:
@@ -278,7 +273,7 @@ def _scaling(rows: list[Row]) -> str | None:
         [" ".join(key), *(f"{gbps(group[name]):.1f}" if name in group else "-" for name in names)]
         for key, group in groups.items()
     ]
-    return _cells(["scaling (GB/s)", *names], lines) if lines else None
+    return cells(["scaling (GB/s)", *names], lines) if lines else None
 
 
 def _overhead(rows: list[Row]) -> dict[str, tuple[float | None, ...]]:
@@ -290,131 +285,6 @@ def _overhead(rows: list[Row]) -> dict[str, tuple[float | None, ...]]:
 
 def _name(row: Row) -> str:
     return row["op"] if row["provider"] == OURS else f"torch {row['op']}"
-
-
-def way(graph: bool, compiled: bool) -> str:
-    """How a training step is launched."""
-    return {(False, False): "eager", (True, False): "graph", (False, True): "compiled"}.get(
-        (graph, compiled), "graph, compiled"
-    )
-
-
-def training_table(content: dict[str, Any]) -> str:
-    """Markdown: tokens/s of every configuration, then where the time of ours goes."""
-    headers = ["training", "backend", "step", "tokens/s", "MFU", "ms a step", "peak memory", "relative"]
-    first = next((run["tokens_per_s"] for run in content["runs"] if "failure" not in run), None)
-    lines, failures = [], []
-    for run in content["runs"]:
-        name = [run["model"], run["backend"], way(run.get("graph", False), run["compiled"])]
-        if "failure" in run:
-            failures.append(f"FAILED  {' '.join(name[:2])}, {name[2]}: {run['failure']}")
-            continue
-        peak = run["peak_bytes"]
-        lines.append(
-            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['mfu']:.1%}" if "mfu" in run else "-", f"{run['median_ms']:,.1f}", "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
-             f"{run['tokens_per_s'] / first:.2f}x"]
-        )  # fmt: skip
-    parts = [
-        f"Preset {content['preset']}, {content['batch']} x {content['length']} tokens a step, {content['precision']}.",
-        _cells(headers, lines),
-        *failures,
-    ]
-    for run in content["runs"]:
-        if profile := run.get("profile"):
-            what = f"{run['model']}, {way(run.get('graph', False), run['compiled'])}"
-            lines = [
-                [op["name"], f"{op['us']:,.0f}", f"{op['percent']:.1f}", f"{op['calls']:g}"] for op in profile["top"]
-            ]
-            parts.append(_cells([f"{what}: {profile['of']}", "us a step", "%", "calls a step"], lines))
-            parts.append(
-                f"{profile['total_us'] / 1e3:,.1f} ms in all of them; a step takes {run['median_ms']:,.1f} ms."
-            )
-    return "\n\n".join(parts)
-
-
-def contexts_table(content: dict[str, Any]) -> str:
-    """Markdown: tokens/s and peak memory of training by length of the segment, a pair of columns for each model."""
-    names = list(dict.fromkeys(run["model"] for run in content["contexts"]))
-    runs = {(run["model"], run["length"]): run for run in content["contexts"]}
-    lines = []
-    for length in sorted({run["length"] for run in content["contexts"]}):
-        line = [f"{length:,}"]
-        for name in names:
-            run = runs.get((name, length))
-            if run is None:  # the run was cut short
-                line += ["-", "-"]
-            elif "failure" in run:
-                line += ["out of memory" if "OutOfMemory" in run["failure"] else "failed", "-"]
-            else:
-                peak = run["peak_bytes"]
-                line += [
-                    f"{run['tokens_per_s']:,.0f}" + ("" if run["graph"] else "*"),
-                    "-" if peak is None else _bytes(peak),
-                ]
-        lines.append(line)
-    headers = ["tokens of context", *(f"{name}, {what}" for name in names for what in ("tokens/s", "peak memory"))]
-    note = f"Training, preset {content['preset']}, one stream, {content['precision']}; a Transformer sees all of the context."
-    if any(not run.get("graph", True) for run in content["contexts"]):
-        note += " *: launched kernel by kernel, not as a CUDA graph."
-    return f"{note}\n\n{_cells(headers, lines)}"
-
-
-def _bytes(count: int) -> str:
-    unit, name = next(((2**k, name) for k, name in ((30, "GiB"), (20, "MiB")) if count >= 2**k), (2**10, "KiB"))
-    return f"{count / unit:,.1f} {name}"
-
-
-def generation_table(content: dict[str, Any]) -> str:
-    """Markdown: tokens/s of every model, batch and context, and how near they are to reading the weights once."""
-    headers = ["generation", "batch", "context", "tokens/s", "us a step", "% of weight read", "state", "peak memory"]
-    lines, failures = [], []
-    for run in content["generation"]:
-        context = "any" if run["context"] is None else f"{run['context']:,}"
-        name = [f"{run['preset']} {run['model']}", str(run["batch"]), context]
-        if "failure" in run:
-            failures.append(f"FAILED  {', '.join(name)}: {run['failure']}")
-            continue
-        peak = run["peak_bytes"]
-        lines.append(
-            [*name, f"{run['tokens_per_s']:,.0f}", f"{run['median_ms'] * 1e3:,.1f}", f"{run['percent_of_bound']:.1f}",
-             _bytes(run["state_bytes"]), "-" if peak is None else _bytes(peak)]
-        )  # fmt: skip
-    read = f"Memory is read at {content['read_gbps']:,.0f} GB/s."
-    parts = [read, _cells(headers, lines), *failures]
-    if "long" in content:
-        of_one = [
-            [run["preset"], f"{run['tokens']:,}", f"{run['tokens_per_s']:,.0f}",
-             *("-" if run[key] is None else f"{run[key]:,}" for key in ("allocated_bytes", "peak_bytes"))]
-            for run in content["long"]
-        ]  # fmt: skip
-        parts.append(
-            _cells(["one text", "tokens", "tokens/s since the last line", "bytes allocated", "at most"], of_one)
-        )
-    return "\n\n".join(parts)
-
-
-def trials_table(content: dict[str, Any]) -> str:
-    """Markdown: validation perplexity of every recipe with one setting changed, then with several."""
-    found = {(trial["recipe"], trial["trial"]): trial["valid_perplexity"] for trial in content["trials"]}
-    recipes = list(dict.fromkeys(recipe for recipe, _ in found))
-    best = {recipe: min(v for (of, _), v in found.items() if of == recipe and v is not None) for recipe in recipes}
-
-    def cell(recipe: str, value: float | None) -> str:
-        return "diverged" if value is None else f"**{value:.2f}**" if value == best[recipe] else f"{value:.2f}"
-
-    names = dict.fromkeys(name for _, name in found)
-    alone = [name for name in names if "+" not in name]
-    lines = [[name, *(cell(of, found[of, name]) if (of, name) in found else "-" for of in recipes)] for name in alone]
-    several = [
-        [recipe, name.replace("+", ", "), cell(recipe, value)] for (recipe, name), value in found.items() if "+" in name
-    ]
-    return "\n\n".join(
-        [
-            f"{content['steps']:,} steps each; validation perplexity, a recipe's best in bold.",
-            _cells(["one change", *recipes], lines),
-            _cells(["recipe", "several changes", "perplexity"], several),
-        ]
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -446,17 +316,21 @@ def main(arguments: list[str]) -> int:
             f"{k} {content[k]}" for k in ("torch", "triton", "python", "compiler", "isa") if content[k]
         )
         if "generation" in content:
-            body = generation_table(content)
+            body = program_tables.generation_table(content)
         elif "contexts" in content:
-            body = contexts_table(content)
+            body = program_tables.contexts_table(content)
         elif "expressivity" in content:
             body = expressivity_report.table(content)
         elif "trials" in content:
-            body = trials_table(content)
+            body = program_tables.trials_table(content)
         elif "recurrent" in content:
             body = recurrent_report.table(content["recurrent"])
         else:
-            body = training_table(content) if "runs" in content else table(content["rows"], content["copy_gbps"])
+            body = (
+                program_tables.training_table(content)
+                if "runs" in content
+                else table(content["rows"], content["copy_gbps"])
+            )
         print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
         if {"generation", "expressivity"} & content.keys():
             painter = plots.draw_generation if "generation" in content else expressivity_report.draw

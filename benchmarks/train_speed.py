@@ -30,6 +30,7 @@ from typing import Any
 
 import command_line
 import numpy as np
+import program_tables
 import report
 import torch
 import torch._dynamo
@@ -221,7 +222,7 @@ def main_contexts(args: argparse.Namespace, model: ModelConfig, config: Training
     content["contexts"] = contexts(
         model, config, lengths, lambda found: write(args.results, content | {"contexts": found})
     )
-    print(report.contexts_table(content))
+    print(program_tables.contexts_table(content))
     failures = [run["failure"] for run in content["contexts"] if "failure" in run]
     return 1 if any("OutOfMemory" not in failure for failure in failures) else 0
 
@@ -255,12 +256,12 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         steps = min(config.steps, REFERENCE_STEPS) if backend == "reference" else config.steps
         for graph, compiled in ways(backend, device.type == "cuda", not args.no_compile):
-            print(f"{name}, {backend}, {report.way(graph, compiled)} ...", file=sys.stderr, flush=True)
+            print(f"{name}, {backend}, {program_tables.way(graph, compiled)} ...", file=sys.stderr, flush=True)
             chosen_way = dataclasses.replace(config, cuda_graph=graph, compile=compiled)
             profiled = PROFILED if args.profile and backend != "reference" else 0
             content["runs"].append(measure(name, of, backend, chosen_way, steps, profiled))
             write(args.results, content)
-    print(report.training_table(content))
+    print(program_tables.training_table(content))
     return 1 if any("failure" in run for run in content["runs"]) else 0
 
 

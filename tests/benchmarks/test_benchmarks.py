@@ -20,6 +20,7 @@ import generation_speed
 import harness
 import operations
 import peers
+import program_tables
 import recurrent
 import report
 import train_speed
@@ -126,7 +127,7 @@ def test_training_speed_on_a_tiny_model(tmp_path, capsys):
     assert set(runs) == {("newllm", "auto"), ("transformer", "auto"), ("newllm", "reference")}
     assert all(run["tokens_per_s"] > 0 for run in runs.values())
     assert runs["newllm", "auto"]["profile"]["top"]
-    assert report.training_table(content) in printed
+    assert program_tables.training_table(content) in printed
     assert train_speed.ways("auto", cuda=True, compiled=True) == [(False, False), (True, False), (True, True)]
 
 
@@ -198,7 +199,7 @@ def test_generation_speed_on_a_tiny_model(tmp_path, capsys):
     # 15 tokens, 192 wide, and the position.
     assert runs["newllm", 2, None]["state_bytes"] == 2 * (2 * 256 * 4 + 3 * 4096 * 4 * 4 + 3 * 8 + 2048 * 4)
     assert runs["transformer", 1, 16]["state_bytes"] == 3 * 2 * 15 * 192 * 4 + 8
-    assert report.generation_table(content) in printed
+    assert program_tables.generation_table(content) in printed
     assert report.main([str(path)]) == 0
     assert path.with_suffix(".png").stat().st_size > 0
 

@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import program_tables  # noqa: E402
 import trials  # noqa: E402
 
 RECIPES = ["wikitext-2", "wikitext-2-hops", "wikitext-2-full", "wikitext-2-transformer"]
@@ -85,9 +86,12 @@ def test_trials_train_and_are_taken_up_again(tmp_path, capsys, monkeypatch):
     assert "best of 2" in capsys.readouterr().out
     content = json.loads(results.read_text())
     assert [trial["trial"] for trial in content["trials"]] == ["as-it-is", "lr-high"]
-    printed = trials.report.trials_table(content)
+    printed = program_tables.trials_table(content)
     assert all(f"{trial['valid_perplexity']:.2f}" in printed for trial in content["trials"])
     assert printed.count("**") == 2  # the best
+    assert "several changes" not in printed
+    diverged = [trial | {"valid_perplexity": None} for trial in content["trials"]]
+    assert program_tables.trials_table(content | {"trials": diverged}).count("diverged") == 2
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained once more"))
     assert trials.main([*arguments, "--results", str(results)]) == 0
     assert json.loads(results.read_text())["trials"] == content["trials"]

@@ -91,8 +91,9 @@ def test_rows_that_do_not_fit_on_the_gpu_have_no_decoder_either(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["newllm-recall1000", pytest.param("transformer-window5-recall", marks=needs_triton)])
 @torch.no_grad()
-def test_a_product_with_recalled_words_that_is_too_wide_goes_in_three(device, monkeypatch):
+def test_a_product_with_recalled_words_that_is_too_wide_goes_in_three(name, device, monkeypatch):
     make, widths = DecodeProgram.__init__, []
 
     def narrow(program, layers, rows):
@@ -102,14 +103,12 @@ def test_a_product_with_recalled_words_that_is_too_wide_goes_in_three(device, mo
         make(program, layers, rows)
 
     monkeypatch.setattr(DecodeProgram, "__init__", narrow)
-    for name in ("newllm-recall1000", *(["transformer-window5-recall"] if find_spec("triton") else [])):
-        widths.clear()
-        model = make_model(WALK[name], torch.float32).to(device)
-        tokens = make_tokens(3, 12).to(device) % 4
-        decoder = make_decoder(model, 3)
-        E = model.config.embed_dim
-        assert (widths[0][0], widths[1][:3]) == (3 * E, [E, E, E])
-        assert relative_error(step_by_step(decoder, tokens), model(tokens)[0]) < TOLERANCE[torch.float32]
+    model = make_model(WALK[name], torch.float32).to(device)
+    tokens = make_tokens(3, 12).to(device) % 4
+    decoder = make_decoder(model, 3)
+    E = model.config.embed_dim
+    assert (widths[0][0], widths[1][:3]) == (3 * E, [E, E, E])
+    assert relative_error(step_by_step(decoder, tokens), model(tokens)[0]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu
