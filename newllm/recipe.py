@@ -58,8 +58,15 @@ def read_recipe(name: str) -> dict[str, object]:
 
 
 def apply_recipe(args: argparse.Namespace) -> None:
-    """Put the recipe's options where the command line gave none."""
-    if args.config is not None:
-        for field, value in read_recipe(args.config).items():
-            if not hasattr(args, field):
-                setattr(args, field, value)
+    """Put the recipe's options where the command line gave none. A model typed without recall, or of an architecture of
+    its own, takes nothing of the recipe's recall."""
+    if args.config is None:
+        return
+    recipe = read_recipe(args.config)
+    of_its_own = getattr(args, "architecture", None) not in (None, recipe.get("architecture", "newllm"))
+    if of_its_own or getattr(args, "recall", None) == 0:
+        recipe.pop("recall", None)
+        recipe.pop("recall_dropout", None)
+    for field, value in recipe.items():
+        if not hasattr(args, field):
+            setattr(args, field, value)

@@ -29,8 +29,6 @@ def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) ->
         given["hops"] = 1  # whatever the preset has
     if given.get("architecture", "newllm") != "newllm":
         given.setdefault("recall", 0)  # likewise
-    if given.get("recall") == 0:
-        given["recall_dropout"] = 0.0  # whatever a recipe has
     with arguments_are_the_users():
         return dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
 

@@ -80,6 +80,30 @@ def test_the_command_line_comes_before_the_recipe_and_the_recipe_before_the_pres
     assert args.tokenizer == "word"
 
 
+def test_a_model_without_recall_takes_none_of_the_recipes(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[model]\nrecall = 100\nrecall_dropout = 0.2")
+    for typed, expected in (
+        ((), (100, 0.2)),
+        (("--recall", 0), (0, 0.0)),
+        (("--architecture", "newllm"), (100, 0.2)),
+        (("--architecture", "transformer"), (0, 0.0)),
+        (("--architecture", "transformer", "--recall", 50), (50, 0.0)),
+        (("--recall", 50), (50, 0.2)),
+    ):
+        model = model_settings(parsed("train", "--config", path, *typed))
+        assert (model.recall, model.recall_dropout) == expected, typed
+
+
+@pytest.mark.parametrize("without", [("--recall", 0), ("--architecture", "transformer")])
+@pytest.mark.parametrize("given", [(), ("--config", "wikitext-2")])
+def test_dropout_of_a_recall_that_is_not_there_is_refused(newllm, text, without, given):
+    code, _, err = newllm("train", *given, "--data", text, *without, "--recall-dropout", 0.1)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "recall_dropout is 0.1" in err
+
+
 def test_a_run_of_a_recipe(newllm, text, recipe):
     options = [option for option in TINY if option not in ("--steps", "20", "--lr", "0.01")]
     assert newllm("train", "--config", recipe, "--data", text, *options, "--hidden-dim", 16, "--lr", 0.01).code == 0
