@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 
 Results = dict[str, Any]
 MANY = 12  # runs of a group that still get a curve each; of more only the best
+mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=[*mpl.colormaps["tab10"].colors, "black", "gold"])  # MANY of them
 
 
 def _style(run: Results) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def differences(runs: list[Results]) -> dict[str, str]:
         if count > 1 and key != "architecture":
             usual[key] = value
     of_transformers = {
-        "max_seq_len", "coupling", "hops", "norm", "context_dim", "fnn_layers", "clamp", "context_init", "forget_init", "input_init", "recall",
+        "max_seq_len", "coupling", "hops", "norm", "context_dim", "fnn_layers", "clamp", "context_init", "forget_init", "input_init",
     }  # fmt: skip
 
     def shown(one: Results) -> str:
@@ -211,7 +211,7 @@ def table(runs: list[Results]) -> str:
     dynamic = any("dynamic" in row for run in runs for row in run["splits"].values())
     per_byte = any("bits_per_byte" in run["splits"].get("test", {}) for run in runs)
     headers = ["run", "parameters", "valid", "test", *(["test, dynamic"] if dynamic else []),
-               *(["bits per byte"] if per_byte else []), *(["of the Transformer's"] if transformers else []),
+               *(["bits per byte"] if per_byte else []), *(["of the best Transformer's"] if transformers else []),
                "tokens read", "minutes", "tokens/s", "MFU", "differs in"]  # fmt: skip
     lines = []
     for run in sorted(runs, key=lambda run: (final_loss(run, "test") or valid_loss(run), run["name"])):
@@ -259,10 +259,15 @@ def judgement(content: Results) -> str:
     return "\n\n".join(parts)
 
 
-def contexts(results: Path) -> list[tuple[Path, Results]]:
-    """Files of train_speed.py --contexts and of generation_speed.py."""
-    files = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    return [(path, content) for path, content in files if "contexts" in content or "generation" in content]
+def contexts(results: Path) -> list[Results]:
+    """Files of train_speed.py --contexts, and those of generation_speed.py from the same devices."""
+    files = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    devices = {content["device"] for content in files if "contexts" in content}
+    return [
+        content
+        for content in files
+        if "contexts" in content or ("generation" in content and content["device"] in devices)
+    ]
 
 
 def generation_contexts(files: list[Results], presets: set[str]) -> str | None:
@@ -308,13 +313,12 @@ def section(results: Path, pictures: Path, relative: str) -> str:
                 + (f": {content['note']}." if "note" in content else "."),
             ]
             parts += [program_tables.trials_table(content), f"```\n{commands}\n```"]
-    speeds = contexts(results)
-    if any("contexts" in content for _, content in speeds):
+    files = contexts(results)
+    if files:
         parts.append("### Length of context")
-        for _, content in speeds:
+        for content in files:
             if "contexts" in content:
                 parts += [f"{content['device']}, {content['date'][:10]}:", program_tables.contexts_table(content)]
-        files = [content for _, content in speeds]
         presets = {content["preset"] for content in files if "contexts" in content}
         parts += [text for text in [generation_contexts(files, presets)] if text]
         path = pictures / "contexts.png"
