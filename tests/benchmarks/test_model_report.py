@@ -165,3 +165,31 @@ def test_training_at_lengths_of_context(tmp_path, capsys, one_thread):
     assert "| 64 " in capsys.readouterr().out
     assert report.main([str(path)]) == 0
     assert train_speed.main([*options[:-2], "0"]) == 2
+
+
+def test_generation_at_lengths_is_of_the_devices_that_trained_at_lengths(tmp_path):
+    for name, content in (
+        ("trained", {"device": "new", "contexts": []}),
+        ("new", {"device": "new", "generation": []}),
+        ("old", {"device": "old", "generation": []}),
+        ("other", {"device": "new", "ours": []}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert [content["device"] for content in model_report.contexts(tmp_path)] == ["new", "new"]
+    (tmp_path / "trained.json").unlink()
+    assert model_report.contexts(tmp_path) == []
+
+
+def test_a_table_says_which_transformer_has_recall(tmp_path):
+    runs = [
+        make_run(tmp_path / "ours", 40.0, recall=64),
+        make_run(tmp_path / "theirs", 50.0, architecture="transformer", recall=0),
+        make_run(tmp_path / "with", 45.0, architecture="transformer", recall=128),
+    ]
+    results = tmp_path / "model"
+    assert model_report.main(["collect", *map(str, runs), "--results", str(results)]) == 0
+    (kept,) = model_report.load(results)[0].values()
+    rows = {line.split("|")[1].strip(): line for line in model_report.table(kept).splitlines()}
+    assert "recall 0" in rows["theirs"]
+    assert "recall 128" in rows["with"]
+    assert "0.889" in rows["ours"]  # of the best Transformer's
