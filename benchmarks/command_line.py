@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import NoReturn
 
@@ -13,6 +14,17 @@ def refuse(program: str, why: object) -> int:
     """Print why; the exit code."""
     print(f"{program}: error: {one_line(why)}", file=sys.stderr)
     return 2
+
+
+def typed(program: str, arguments: list[str] | None) -> str:
+    """The command, to be kept beside its figures, but for where they were to go: `arguments`, or what was typed."""
+    kept: list[str] = []
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if kept and kept[-1] == "--results":
+            kept.pop()
+        elif not argument.startswith("--results="):
+            kept.append(argument)
+    return shlex.join(["python", f"benchmarks/{program}.py", *kept])
 
 
 class Parser(argparse.ArgumentParser):

@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
             there = {identity(run) for run in load(args.results, header)["expressivity"]}
     except ValueError as error:
         return command_line.refuse("expressivity", error)
-    command = " ".join(["python benchmarks/expressivity.py", *(arguments or sys.argv[1:])])
+    command = command_line.typed("expressivity", arguments)
     for problem in args.problems:
         table = word_problems.multiplication_table(problem).to(device)
         pool, _ = word_problems.draw(table, min(POOL, args.steps * args.batch), TRAINED, seed=1)

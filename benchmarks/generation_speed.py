@@ -203,7 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return command_line.refuse("generation_speed", error)
     rate = read_gbps(device)
-    content: dict[str, Any] = {**report.environment(), "read_gbps": rate, "generation": []}
+    content: dict[str, Any] = {
+        **report.environment(), "command": command_line.typed("generation_speed", arguments), "read_gbps": rate, "generation": [],
+    }  # fmt: skip
 
     def keep() -> None:
         if args.results:

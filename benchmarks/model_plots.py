@@ -29,8 +29,11 @@ def _best(runs: list[Results]) -> list[Results]:
 
 
 def _finish(figure: Any, path: Path, runs: list[Results]) -> None:
-    sources = sorted({f"{run['device']}, torch {run['torch']}, {run['date'][:10]}" for run in runs})
-    figure.supxlabel("; ".join(sources[:2]), x=0.995, ha="right", fontsize=7, color="#666666")
+    days: dict[str, list[str]] = {}
+    for run in runs:
+        days.setdefault(f"{run['device']}, torch {run['torch']}", []).append(run["date"][:10])
+    sources = [f"{source}, {' to '.join(dict.fromkeys((min(of), max(of))))}" for source, of in sorted(days.items())]
+    figure.supxlabel("; ".join(sources), x=0.995, ha="right", fontsize=7, color="#666666")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -318,7 +318,8 @@ def section(results: Path, pictures: Path, relative: str) -> str:
         parts.append("### Length of context")
         for content in files:
             if "contexts" in content:
-                parts += [f"{content['device']}, {content['date'][:10]}:", program_tables.contexts_table(content)]
+                made = f", `{content['command']}`" if "command" in content else ""
+                parts += [f"{content['device']}, {content['date'][:10]}{made}:", program_tables.contexts_table(content)]
         presets = {content["preset"] for content in files if "contexts" in content}
         parts += [text for text in [generation_contexts(files, presets)] if text]
         path = pictures / "contexts.png"

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import recurrent_report
 import report
 import torch
@@ -293,7 +294,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in args.shapes or () if name not in known]
     if unknown:
         parser.error(f"--shapes: got {', '.join(unknown)}, wanted some of {', '.join(known)}")
-    content: dict[str, Any] = {**report.environment(), "recurrent": []}
+    content: dict[str, Any] = {
+        **report.environment(),
+        "command": command_line.typed("recurrent", arguments),
+        "recurrent": [],
+    }
     side = torch.cuda.Stream() if DEVICE == "cuda" else None  # a graph is not captured on the default one
     with torch.cuda.stream(side):
         for name in args.shapes or known:

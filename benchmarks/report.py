@@ -331,7 +331,9 @@ def main(arguments: list[str]) -> int:
                 if "runs" in content
                 else table(content["rows"], content["copy_gbps"])
             )
-        print(f"{content['threads']} threads; {versions}.\n\n{body}\n")
+        commands = content.get("command", [])
+        told = "".join(f"\n\n    {command}" for command in ([commands] if isinstance(commands, str) else commands))
+        print(f"{content['threads']} threads; {versions}.{told}\n\n{body}\n")
         if {"generation", "expressivity"} & content.keys():
             painter = plots.draw_generation if "generation" in content else expressivity_report.draw
             picture = painter(content, path.with_suffix(".png"))

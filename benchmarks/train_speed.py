@@ -212,10 +212,10 @@ def settings(args: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
         return model, dataclasses.replace(config, random_segments=False, **given)
 
 
-def main_contexts(args: argparse.Namespace, model: ModelConfig, config: TrainingConfig) -> int:
+def main_contexts(args: argparse.Namespace, model: ModelConfig, config: TrainingConfig, command: str) -> int:
     device = choose_device(config.device)
     content: dict[str, Any] = {
-        **report.environment(), "preset": args.config or args.preset,
+        **report.environment(), "command": command, "preset": args.config or args.preset,
         "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."), "contexts": [],
     }  # fmt: skip
     lengths = args.contexts or [2**k for k in range(10, 18)]
@@ -234,7 +234,7 @@ def write(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+    args, command = parse(arguments), command_line.typed("train_speed", arguments)
     try:
         model, config = settings(args)
         device = choose_device(config.device)
@@ -246,9 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return command_line.refuse("train_speed", error)
     if args.contexts is not None:
-        return main_contexts(args, model, config)
+        return main_contexts(args, model, config, command)
     content: dict[str, Any] = {
-        **report.environment(), "preset": args.config or args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
+        **report.environment(), "command": command, "preset": args.config or args.preset, "batch": config.batch_size, "length": config.segment, "runs": [],
         "precision": str(compute_dtype(config.precision, device)).removeprefix("torch."),
     }  # fmt: skip
     for name, of, backend in chosen:

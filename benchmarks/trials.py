@@ -237,8 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
         if args.results and not args.results.parent.is_dir():
             raise UserError(f"--results {args.results}: no such folder {args.results.parent}")
         recipes = {name: settings_of(name) for name in args.recipes}
-        command = " ".join(["python benchmarks/trials.py", *(arguments or sys.argv[1:])])
-        content: dict[str, Any] = {**report.environment(), "command": [command], "steps": args.steps, "trials": []}
+        content: dict[str, Any] = {
+            **report.environment(),
+            "command": [command_line.typed("trials", arguments)],
+            "steps": args.steps,
+            "trials": [],
+        }
 
         def note(trial: dict[str, Any]) -> None:
             content["trials"].append(trial)

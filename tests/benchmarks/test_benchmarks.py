@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are fi
 import context_passes
 import expressivity
 import expressivity_results
+import command_line
 import generation_speed
 import harness
 import operations
@@ -302,3 +303,12 @@ def test_results_have_a_line_for_every_row():
         '  {"op": "scan", "us": 1.5},',
         '  {"op": "x", "us": null}',
     ]
+
+
+def test_a_command_is_kept_without_where_its_figures_went(monkeypatch):
+    typed = ["--presets", "a b", "--results", "/somewhere/of/mine.json", "--long", "5", "--results=/there.json"]
+    kept = "python benchmarks/generation_speed.py --presets 'a b' --long 5"
+    assert command_line.typed("generation_speed", typed) == kept
+    monkeypatch.setattr("sys.argv", ["/somewhere/generation_speed.py", *typed])
+    assert command_line.typed("generation_speed", None) == kept
+    assert command_line.typed("generation_speed", []) == "python benchmarks/generation_speed.py"
