@@ -13,10 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # they are files beside each other, not a package
 
+import command_line
 import context_passes
 import expressivity
 import expressivity_results
-import command_line
 import generation_speed
 import harness
 import operations
