@@ -24,6 +24,9 @@ _POSITIVE_INTS = (
 )  # fmt: skip
 
 
+MAX_RECALL = 2**24  # entries: a quarter of a gigabyte a text and table
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a model's shape. Raises ValueError naming the field when a value makes no sense.
@@ -95,6 +98,7 @@ class ModelConfig:
             self._require(fits, name, "a number in [0, 1)")
         for name in ("locked_dropout", "tie_embeddings"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
+        self._require(self.recall <= MAX_RECALL, "recall", f"at most {MAX_RECALL:,} entries of a table")
         self._require(self.recall == 0 or self.architecture != "classic", "recall", '0 with architecture="classic"')
         self._require(self.recall > 0 or self.recall_dropout == 0, "recall_dropout", "0: there is no recall")
         if self.architecture == "transformer":
@@ -115,6 +119,23 @@ class ModelConfig:
                 '"full" or "hops": the classic cell reads its context only through the coupling',
             )
             self._require(self.fnn_layers >= 1, "fnn_layers", "1 or more: the classic cell's logits are W_o h_t")
+
+    @property
+    def unread(self) -> set[str]:
+        """Fields that change nothing about this model."""
+        if self.architecture == "transformer":
+            return {
+                "hidden_dim", "context_dim", "fnn_layers", "activation", "coupling", "hops", "norm", "clamp", "context_init", "forget_init",
+                "input_init", "recurrent_dropout",
+            }  # fmt: skip
+        attention = {"num_heads", "max_seq_len"}
+        if self.architecture == "classic":
+            return attention | {"num_layers", "ffn_dim", "recall", "recall_dropout", "tie_embeddings"}
+        return (
+            attention
+            | (set() if self.fnn_layers else {"hidden_dim", "activation"})
+            | (set() if self.norm else {"clamp"})
+        )
 
     @property
     def reads_context(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 
 class UserError(ValueError):
@@ -30,11 +31,13 @@ def typed_path(text: str) -> Path:
 
 
 @contextmanager
-def arguments_are_the_users() -> Iterator[None]:
-    """Turn the ValueError or TypeError by which a library refuses an argument into a UserError."""
+def arguments_are_the_users(options: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Turn the ValueError or TypeError by which a library refuses an argument into a UserError; `options`: what a person types
+    for those arguments."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(one_line(error)) from error
+        argument, colon, rest = one_line(error).partition(":")
+        raise UserError(options.get(argument, argument) + colon + rest) from error

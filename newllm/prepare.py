@@ -40,6 +40,8 @@ def prepare_data(
 ) -> Data:
     """Read a corpus and tokenise it, with a tokenizer at hand, one to be trained ("bpe", "word"; None: "bpe") or one in a
     file or run. A folder that `newllm prepare` wrote is tokenised already, and comes with its own."""
+    if not spec:
+        raise UserError("--data: got an empty name, wanted a file, a folder or the name of a corpus")
     named = spec == "builtin" or spec.startswith("hub:")
     if not named and is_prepared(typed_path(spec)):
         return _prepared(spec, tokenizer, vocab_size, text_field)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,17 @@ class Run:
         return model.to(device).eval(), tokenizer
 
     def weights(self) -> checkpoint.Tensors:
-        """Those of the run's best model so far."""
+        """Those of the run's best model so far; a note on stderr where none was found yet, and the last is taken."""
+        if not self.best_file.exists() and self.last_file.exists():
+            unset = (
+                "; its recall has no share yet of what it predicts: newllm calibrate sets it"
+                if self.model_config().recall
+                else ""
+            )
+            print(
+                f"newllm: note: {self.path} has not been evaluated yet, so this is its last checkpoint{unset}",
+                file=sys.stderr,
+            )
         return checkpoint.with_prefix("model", checkpoint.load(self._weights_file())[0])
 
     def _weights_file(self) -> Path:
@@ -155,7 +166,7 @@ def new_run(name: str | None, out: str | None, default_name: str) -> Run:
         raise UserError(
             f"--run {name!r}: a name is one folder's name, without slashes, and not 'latest'; a path goes with --out"
         )
-    path = typed_path(out) if out else runs_root() / (name or _unused(default_name))
+    path = typed_path(out) if out is not None else runs_root() / (name or _unused(default_name))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(
             f"{path} exists and is not an empty folder; go on with it by --resume {path}, or choose another --run NAME"
@@ -170,6 +181,8 @@ def _unused(name: str) -> str:
 
 def find_run(which: str = "latest") -> Run:
     """The run of a name under the runs root, or of a path, or the "latest": the one that wrote a checkpoint last."""
+    if not which:
+        raise UserError("the run: got an empty name, wanted a name or a path")
     root = runs_root()
     if which == "latest":
         runs = [Run(config.parent) for config in root.glob("*/config.json")]

@@ -163,6 +163,8 @@ class Trainer:
                     self._evaluate(bar)
                 if self.step % config.checkpoint_every == 0:
                     self.save()
+            if self.step == self.config.steps and not self.run.best_file.exists():  # fewer steps since it was stopped
+                self._evaluate(bar)
             if self._saved_at != self.step:
                 self.save()
         return caught[0] if caught else None

@@ -19,6 +19,7 @@ _AT_LEAST_ONE = (
     "steps", "batch_size", "segment", "grad_accum", "eval_every", "eval_tokens", "checkpoint_every", "log_every",
     "average_every", "teacher_words",
 )  # fmt: skip
+MAX_THREADS = 1024  # far more ends in a crash of the threads' library
 _AT_LEAST_ZERO = ("warmup", "seed", "threads", "average_start", "spelling")
 
 
@@ -96,6 +97,8 @@ class TrainingConfig:
         for name in ("compile", "cuda_graph", "random_segments"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "true or false")
+        if self.threads > MAX_THREADS:
+            raise self._error("threads", f"0 to {MAX_THREADS}")
         if not isinstance(self.device, str):
             raise self._error("device", "the name of one")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("newllm", "DEF")
@@ -57,10 +58,21 @@ def define(
     record, plain = Recorded.apply, plain or kernel
 
     def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:  # torch.func.jvp enters a level too
+            refuse_tangents(name, args)
         way = _way(args)
         return plain(*args) if way == PLAIN else record(*args) if way == RECORDED else operator(*args)
 
     return call
+
+
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise NotImplementedError where forward-mode derivatives are asked for: PyTorch would take them for zero."""
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(
+            f"newllm::{name}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not implemented;"
+            " use backward()"
+        )
 
 
 PLAIN, RECORDED, TRACED = range(3)

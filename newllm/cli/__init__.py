@@ -14,6 +14,11 @@ from newllm.errors import UserError, one_line, os_reason
 # training ran three times as fast without. Read when PyTorch is first imported, hence here; a value of the user's stands.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+SETTINGS = (
+    "NEWLLM_KERNELS_BACKEND",
+    "NEWLLM_KERNELS_AUTOTUNE",
+    "NEWLLM_CPU_ISA",
+)  # of the environment, the user's like options
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -23,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a text half-way
     try:
         args = build_parser().parse_args(argv)
+        args.typed_fields = frozenset(vars(args))  # of these a recipe will not be told apart later on
         args.typed = shlex.join(["newllm", *(sys.argv[1:] if argv is None else argv)])  # what a run folder keeps
         return args.command(args)
     except SystemExit as stop:  # argparse: --help, --version, errors of usage
@@ -34,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except OSError as error:
         return _fail(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if any(name in str(error) for name in SETTINGS):
+            return _fail(error)
+        if type(error).__name__ == "BackendError" and (named := os.environ.get("NEWLLM_KERNELS_BACKEND")):
+            return _fail(f"NEWLLM_KERNELS_BACKEND={named}: {error}")
         if not _is_out_of_memory(error):
             raise
         return _fail("out of memory; choose a smaller model, --batch-size or --segment")

@@ -15,7 +15,7 @@ from newllm.run import Run, new_run, runs_root
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = _interrupted(args) if args.resume else _prepared(args)
+    folder = _interrupted(args) if args.resume is not None else _prepared(args)
     for contestant in compare.contestants(folder.path):
         print(f"\n=== {contestant.path.name}", flush=True)
         code = compare.train(contestant)
@@ -57,5 +57,7 @@ def _interrupted(args: argparse.Namespace) -> Run:
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the comparison's own settings; it does not take {names}")
+    if not args.resume:
+        raise UserError("--resume: got an empty name, wanted that of a comparison")
     named = runs_root() / args.resume
     return Run(named if named.is_dir() else typed_path(args.resume))

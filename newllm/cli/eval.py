@@ -27,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in given.items() if value is not None}
     if asked and not args.dynamic:
         raise UserError(f"--dynamic-{next(iter(asked))}: is of dynamic evaluation; give --dynamic too")
+    for name, least in (("lr", "above 0"), ("decay", "at least 0"), ("segment", "at least 1")):
+        value = asked.get(name, 1)
+        if not (value > 0 or (name == "decay" and value == 0)):
+            raise UserError(f"--dynamic-{name}: got {value}, wanted a number {least}")
     settings = DYNAMIC | asked
     device = device_settings(args)
     folder = find_run(args.run)

@@ -28,7 +28,7 @@ from newllm.run import Run, find_run, new_run
 def run(args: argparse.Namespace) -> int:
     if args.stop_after is not None and args.stop_after < 1:
         raise UserError(f"--stop-after: got {args.stop_after}, wanted at least 1")
-    folder, trainer, measured, info = _resume(args) if args.resume else _begin(args)
+    folder, trainer, measured, info = _resume(args) if args.resume is not None else _begin(args)
     begin = time.perf_counter() - info["seconds"]
 
     def save() -> None:

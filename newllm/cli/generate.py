@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from newllm.cli.settings import device_settings
+from newllm.cli.settings import SAMPLING_OPTIONS, device_settings
 from newllm.errors import UserError, arguments_are_the_users
 from newllm.generation import generate
 from newllm.prepare import training_config
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     # Every text begins where a text began in training: after the end of the one before.
     tokens = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     eos_id = tokenizer.eos_id if args.stop_at_eos else None
-    with arguments_are_the_users():
+    with arguments_are_the_users(SAMPLING_OPTIONS):
         steps = generate(
             model, tokens, args.max_tokens, temperature=args.temperature, recall_share=args.recall_share, top_k=args.top_k, top_p=args.top_p,
             seed=args.seed, eos_id=eos_id, cuda_graph=args.cuda_graph,

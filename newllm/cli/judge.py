@@ -10,7 +10,7 @@ import textwrap
 from typing import Any
 
 from newllm import checkpoint
-from newllm.cli.settings import device_settings
+from newllm.cli.settings import SAMPLING_OPTIONS, device_settings
 from newllm.cli.train import shown
 from newllm.compare import contestants
 from newllm.errors import UserError, arguments_are_the_users, typed_path
@@ -19,6 +19,7 @@ from newllm.model import LanguageModel
 from newllm.prepare import run_data, training_config
 from newllm.quality import grammar_checker
 from newllm.run import Run, find_run, runs_root
+from newllm.tokenizer import load_tokenizer
 from newllm.training_config import compute_dtype
 from newllm.weights import in_dtype
 
@@ -35,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     for name, folder in runs.items():
         model, tokenizer = folder.load(device)
         models[name] = in_dtype(model, compute_dtype(training_config(folder).precision, device))
-        if tokenizer.to_json() != next(iter(runs.values())).tokenizer(model.config).to_json():
+        if tokenizer.to_json() != load_tokenizer(next(iter(runs.values())).tokenizer_file).to_json():
             raise UserError(f"{folder.path}: has another tokenizer than the first run; perplexities would not compare")
     first = next(iter(runs.values()))
     splits = run_data(first, first.model_config()).tokens
     split = args.split or ("test" if "test" in splits else "valid")
     if split not in splits:
         raise UserError(f"--split {split}: the data has no such split; it has {', '.join(splits)}")
-    with arguments_are_the_users():
+    with arguments_are_the_users(SAMPLING_OPTIONS):
         result = judge(models, tokenizer, splits[split], how, faults)
     about = {
         "runs": {name: {"path": shown(folder.path), "parameters": models[name].num_parameters()} for name, folder in runs.items()},

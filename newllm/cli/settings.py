@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 
 from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.config import ModelConfig, preset
-from newllm.errors import UserError, arguments_are_the_users, typed_path
+from newllm.errors import UserError, arguments_are_the_users, one_line, typed_path
 from newllm.prepare import Data, prepare_data
 from newllm.prepared import is_prepared
-from newllm.training_config import TRAINING_PRESETS, TrainingConfig, choose_device
+from newllm.training_config import MAX_THREADS, TRAINING_PRESETS, TrainingConfig, choose_device
+
+# Arguments of newllm.generation, as they are typed.
+SAMPLING_OPTIONS = {
+    "max_new_tokens": "--max-tokens", "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p", "seed": "--seed",
+    "recall_share": "--recall-share",
+}  # fmt: skip
 
 
 def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) -> ModelConfig:
@@ -29,8 +37,35 @@ def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) ->
         given["hops"] = 1  # whatever the preset has
     if given.get("architecture", "newllm") != "newllm":
         given.setdefault("recall", 0)  # likewise
+    typed = getattr(args, "typed_fields", frozenset())
     with arguments_are_the_users():
-        return dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
+        try:
+            model = dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
+        except ValueError as error:
+            raise UserError(_by_option(one_line(error), args, typed)) from error
+    attention = (
+        {"num_heads", "max_seq_len"} if hasattr(args, "transformer_recall") else set()
+    )  # of what compare compares with
+    for flag, field, _, _ in MODEL_OPTIONS:
+        if field in typed & model.unread - attention:
+            print(f"newllm: note: {flag} changes nothing about this model ({_kind(model)})", file=sys.stderr)
+    return model
+
+
+def _by_option(message: str, args: argparse.Namespace, typed: Set[str]) -> str:
+    """An error about a field of ModelConfig, as one about the option, or about the recipe that has it."""
+    field = message.removeprefix("ModelConfig.").partition(" ")[0]
+    flag = next((flag for flag, name, _, _ in MODEL_OPTIONS if name == field), None)
+    if flag is None or not message.startswith("ModelConfig."):
+        return message
+    source = "" if field in typed or getattr(args, "config", None) is None else f"--config {args.config}: "
+    return f"{source}{flag}: {message.removeprefix('ModelConfig.')}"
+
+
+def _kind(model: ModelConfig) -> str:
+    if model.architecture != "newllm":
+        return f"architecture {model.architecture}"
+    return f"architecture newllm, fnn_layers {model.fnn_layers}, norm {'none' if model.norm is None else model.norm}"
 
 
 def training_settings(args: argparse.Namespace) -> TrainingConfig:
@@ -63,7 +98,7 @@ def device_settings(args: argparse.Namespace) -> torch.device:
 
 
 def thread_settings(args: argparse.Namespace) -> None:
-    if args.threads < 0:
-        raise UserError(f"--threads: got {args.threads}, wanted 0 or more")
+    if not 0 <= args.threads <= MAX_THREADS:
+        raise UserError(f"--threads: got {args.threads}, wanted 0 to {MAX_THREADS}")
     if args.threads:
         torch.set_num_threads(args.threads)

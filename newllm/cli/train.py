@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stop-after: got {args.stop_after}, wanted at least 1")
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise UserError(f"--max-minutes: got {args.max_minutes}, wanted a number above 0")
-    trainer, data = _resume(args) if args.resume else _begin(args)
+    trainer, data = _resume(args) if args.resume is not None else _begin(args)
     signal_number = trainer.train(args.stop_after, args.max_minutes)
     plots.loss_plot(trainer.run.metrics(), trainer.run.plot_file, trainer.run.path.name)
     path = shlex.quote(shown(trainer.run.path))

@@ -54,7 +54,17 @@ def refused(result, said):
         (["train", "--batch-size", "-4"], "--batch-size: got -4"),
         (["train", "--device", "tpu"], "--device tpu"),
         (["train", "--preset", "huge"], "no preset 'huge'; there are classic, tiny"),
-        (["train", "--embed-dim", "0"], "embed_dim is 0"),
+        (["train", "--embed-dim", "0"], "--embed-dim: embed_dim is 0"),
+        (["train", "--layers", "0"], "--layers: num_layers is 0"),
+        (["train", "--recall", str(2**40)], "--recall: recall is 1099511627776, wanted at most 16,777,216"),
+        (["train", "--threads", "100000"], "--threads: got 100000, wanted 0 to 1024"),
+        (["eval", "--threads", "100000"], "--threads: got 100000, wanted 0 to 1024"),
+        (["train", "--resume", ""], "got an empty name"),
+        (["compare", "--resume", ""], "--resume: got an empty name"),
+        (["train", "--data", ""], "--data: got an empty name"),
+        (["eval", "--dynamic", "--dynamic-lr", "0"], "--dynamic-lr: got 0.0, wanted a number above 0"),
+        (["eval", "--dynamic", "--dynamic-decay", "-1"], "--dynamic-decay: got -1.0"),
+        (["eval", "--dynamic", "--dynamic-segment", "0"], "--dynamic-segment: got 0"),
         (["train", "--dropout", "1"], "dropout is 1"),
         (["train", "--hops", "2", "--coupling", "full"], "hops"),
         (["train", "--preset", "classic", "--coupling", "none"], "coupling"),
@@ -95,13 +105,13 @@ def test_options(newllm, argv, said, runs_root):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--temperature", "-1"], "temperature: got -1"),
+        (["--temperature", "-1"], "--temperature: got -1"),
         (["--temperature", "nan"], "temperature"),
-        (["--recall-share", "2"], "recall_share: got 2"),
-        (["--top-k", "0"], "top_k: got 0"),
-        (["--top-p", "1.5"], "top_p: got 1.5"),
-        (["--max-tokens", "-1"], "max_new_tokens: got -1"),
-        (["--seed", "-1"], "seed: got -1"),
+        (["--recall-share", "2"], "--recall-share: got 2"),
+        (["--top-k", "0"], "--top-k: got 0"),
+        (["--top-p", "1.5"], "--top-p: got 1.5"),
+        (["--max-tokens", "-1"], "--max-tokens: got -1"),
+        (["--seed", "-1"], "--seed: got -1"),
     ],
     ids=str,
 )
@@ -314,3 +324,38 @@ def test_divergence_is_one_line_and_the_run_can_still_be_used(newllm, text, runs
     result = newllm("train", "--data", text, *TINY, "--run", "wild", "--lr", 1e18, "--warmup", 0)
     refused(result, "diverged")
     assert newllm("generate", "The", "--run", "wild", "--max-tokens", 2).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NEWLLM_KERNELS_BACKEND", "fast"), ("NEWLLM_KERNELS_BACKEND", "cuda"), ("NEWLLM_CPU_ISA", "mmx")],
+)
+def test_settings_of_the_environment(newllm, text, tmp_path, name, value):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("this backend serves here")
+    environment = os.environ | {name: value, "NEWLLM_RUNS": str(tmp_path / "runs")}
+    command = [sys.executable, "-m", "newllm", "train", "--data", text, *TINY, "--run", "r"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    refused((done.returncode, done.stdout, done.stderr), name)
+    assert value in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        (["--hidden-dim", 9, "--activation", "tanh"], ["--hidden-dim", "--activation"]),
+        (["--norm", "none", "--clamp", 3], ["--clamp"]),
+        (["--heads", 2, "--max-seq-len", 9], ["--heads", "--max-seq-len"]),
+        (
+            ["--architecture", "transformer", "--heads", 2, "--hops", 1, "--clamp", 3],
+            ["--context-dim", "--hops", "--clamp"],
+        ),
+        (["--fnn-layers", 1, "--hidden-dim", 9, "--clamp", 3], []),
+    ],
+)
+def test_options_that_change_nothing_are_named(newllm, text, options, unread):
+    code, _, err = newllm("train", "--data", text, *TINY, "--stop-after", 1, *options)
+    assert code == 0
+    notes = [line for line in err.splitlines() if "note:" in line]
+    assert sorted(line.split()[2] for line in notes) == sorted(unread)
+    assert all("changes nothing about this model (architecture " in line for line in notes)

@@ -354,3 +354,16 @@ def test_a_teacher_that_is_gone_is_one_line(newllm, text, trained, runs_root):
     code, _, err = newllm("train", "--resume", "pupil")
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"no run '{trained.resolve()}'" in err
+
+
+def test_a_run_that_was_never_evaluated_says_so(newllm, text, runs_root):
+    assert newllm("train", "--data", text, *TINY, "--run", "early", "--stop-after", 3).code == 0
+    assert not (runs_root / "early" / "best.safetensors").exists()
+    for command in (["eval", "early"], ["generate", "The", "--run", "early", "--max-tokens", 2]):
+        code, _, err = newllm(*command)
+        assert code == 0
+        assert "early has not been evaluated yet, so this is its last checkpoint; its recall has no share yet" in err
+    done = newllm("train", "--resume", "early", "--steps", 3)  # which it has taken already
+    assert done.code == 0, done.err
+    assert "(checkpoint of step 3)" in done.out
+    assert newllm("eval", "early").err == ""

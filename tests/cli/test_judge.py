@@ -59,7 +59,8 @@ def test_a_score_is_the_loss_after_the_prompt(trained):
     assert math.isfinite(sum(own))
 
 
-def test_wrong_use_is_one_line(newllm, trained, runs_root):
+def test_wrong_use_is_one_line(newllm, text, trained, runs_root):
+    assert newllm("train", "--data", text, *TINY, "--vocab-size", 270, "--run", "small").code == 0
     shutil.copytree(trained, runs_root / "odd")
     tokens = (trained / "tokenizer.json").read_text()
     assert '"byte_fallback":false' in tokens
@@ -68,7 +69,7 @@ def test_wrong_use_is_one_line(newllm, trained, runs_root):
         (["first", "first"], "named twice"), (["first", "--samples", 0], "--samples: got 0"),
         (["first", "--tokens", 10**6], "too few for --samples"), (["first", "--split", "test"], "no such split"),
         (["nothing"], "no run 'nothing'"), (["first", "--temperature", -1], "temperature: got -1"),
-        (["first", "odd"], "another tokenizer"),
+        (["first", "odd"], "another tokenizer"), (["first", "small"], "small: has another tokenizer"),
     ):  # fmt: skip
         code, _, err = newllm("judge", *options, "--no-grammar")
         assert (code, err.count("\n")) == (2, 1)

@@ -21,6 +21,7 @@ from cases import (
     laid_out,
     variant,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import newllm_kernels as nk
@@ -142,6 +143,23 @@ def test_gradients_are_as_exact_as_plain_pytorch(name, dtype):
     for key, (error, gradient_dtype) in ours.items():
         u = torch.finfo(gradient_dtype).eps / 2
         assert error <= 2 * plain[key][0] + (u if key.startswith("grad") else 0) or error <= u, (key, error, plain[key])
+
+
+@all_variants
+def test_forward_mode_derivatives_are_refused(name):
+    """Taken for zero they would be a wrong result without a word."""
+    problem = variant(name, T=5, D=8)
+    for key, x in problem.tensors.items():
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=r"newllm::\w+: forward-mode derivatives"):
+                problem.run(problem.tensors | {key: forward_ad.make_dual(x, torch.ones_like(x))})
+            problem.run(problem.tensors)  # nothing here has a tangent
+
+
+def test_jvp_is_refused():
+    x = torch.randn(3, 8)
+    with pytest.raises(NotImplementedError, match="newllm::layer_norm: forward-mode"):
+        torch.func.jvp(lambda x: nk.layer_norm(x, None, None), (x,), (x,))
 
 
 @all_variants
