@@ -14,7 +14,7 @@ import torch
 
 from newllm import checkpoint
 from newllm.cli.parser import FIXPOINT_OPTIONS, MODEL_OPTIONS
-from newllm.cli.settings import data_settings, device_settings, model_settings
+from newllm.cli.settings import data_settings, device_settings, model_settings, note_unread
 from newllm.cli.train import NEW_RUN_FIELDS, shown
 from newllm.config import ModelConfig
 from newllm.errors import UserError
@@ -72,6 +72,7 @@ def _begin(args: argparse.Namespace) -> tuple[Run, FixpointTrainer, np.ndarray, 
     )  # float32: where a context rests, it moves by less than 16 bits tell apart
     trainer = FixpointTrainer(model, data.tokens["train"], config)
     measured = _measured(data.tokens["valid"], model_config.vocab_size, config)
+    note_unread(args, model_config)
     fill_run(folder, model_config, data)
     _write_config(folder, model_config, trainer, data_record(data))
     before = measure(model, measured, config.tolerance, progress="fixed points before")

@@ -43,13 +43,16 @@ def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) ->
             model = dataclasses.replace(base or preset(getattr(args, "preset", "tiny")), **given)
         except ValueError as error:
             raise UserError(_by_option(one_line(error), args, typed)) from error
-    attention = (
-        {"num_heads", "max_seq_len"} if hasattr(args, "transformer_recall") else set()
-    )  # of what compare compares with
-    for flag, field, _, _ in MODEL_OPTIONS:
-        if field in typed & model.unread - attention:
-            print(f"newllm: note: {flag} changes nothing about this model ({_kind(model)})", file=sys.stderr)
     return model
+
+
+def note_unread(args: argparse.Namespace, model: ModelConfig, baseline: ModelConfig | None = None) -> None:
+    """A line on stderr for every option typed that changes nothing about this model, nor about `baseline`."""
+    typed = getattr(args, "typed_fields", frozenset())
+    unread = model.unread & (model.unread if baseline is None else baseline.unread)
+    for flag, field, _, _ in MODEL_OPTIONS:
+        if field in typed & unread:
+            print(f"newllm: note: {flag} changes nothing about this model ({_kind(model)})", file=sys.stderr)
 
 
 def _by_option(message: str, args: argparse.Namespace, typed: Set[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from newllm import checkpoint, plots, teacher
 from newllm.cli.parser import MODEL_OPTIONS, RESUME_OPTIONS, TRAINING_OPTIONS
-from newllm.cli.settings import data_settings, default_name, model_settings, training_settings
+from newllm.cli.settings import data_settings, default_name, model_settings, note_unread, training_settings
 from newllm.errors import UserError, typed_path
 from newllm.evaluation import bits_per_byte, evaluate, peak_memory, unigram_score
 from newllm.prepare import Data, new_trainer, resumed_trainer
@@ -66,6 +66,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), default_name(args))
     data = data_settings(args, model)
     trainer = new_trainer(folder, model, config, data, init, args.typed, teachers)
+    note_unread(args, model)
     describe(trainer, data)
     return trainer, data
 
