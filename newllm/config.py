@@ -122,7 +122,7 @@ class ModelConfig:
 
     @property
     def unread(self) -> set[str]:
-        """Fields that change nothing about this model."""
+        """Fields that change nothing about this model: what the options of the command line are told by."""
         if self.architecture == "transformer":
             return {
                 "hidden_dim", "context_dim", "fnn_layers", "activation", "coupling", "hops", "norm", "clamp", "context_init", "forget_init",

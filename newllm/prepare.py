@@ -191,7 +191,7 @@ def resumed_trainer(run: Run, **changes: object) -> tuple[Trainer, Data]:
     for stale in run.path.glob(".*.tmp"):  # what a kill in the middle of writing left
         stale.unlink()
     data = run_data(run, model)
-    trainer = _trainer(run, model, config, data, [find_run(path) for path in stored.get("teachers", [])])
+    trainer = _trainer(run, model, config, data, [find_run(path, "--teacher") for path in stored.get("teachers", [])])
     trainer.load()
     if trainer.step > config.steps:
         raise UserError(f"--steps {config.steps}: {run.path} has already trained {trainer.step} steps")

@@ -179,10 +179,11 @@ def _unused(name: str) -> str:
     return next(candidate for candidate in candidates if not (runs_root() / candidate).exists())
 
 
-def find_run(which: str = "latest") -> Run:
-    """The run of a name under the runs root, or of a path, or the "latest": the one that wrote a checkpoint last."""
+def find_run(which: str = "latest", option: str = "RUN") -> Run:
+    """The run of a name under the runs root, or of a path, or the "latest": the one that wrote a checkpoint last. `option`: what
+    a person typed it for, named in the UserError that is raised where there is no such run."""
     if not which:
-        raise UserError("the run: got an empty name, wanted a name or a path")
+        raise UserError(f"{option}: got an empty name, wanted that of a run, or its path")
     root = runs_root()
     if which == "latest":
         runs = [Run(config.parent) for config in root.glob("*/config.json")]
@@ -193,4 +194,4 @@ def find_run(which: str = "latest") -> Run:
     for path in (typed_path(which), root / which):
         if (path / "config.json").is_file():
             return Run(path)
-    raise UserError(f"no run {which!r}: neither a folder with a config.json nor a name in {root}")
+    raise UserError(f"{option}: no run {which!r}: neither a folder with a config.json nor a name in {root}")

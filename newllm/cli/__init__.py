@@ -14,11 +14,8 @@ from newllm.errors import UserError, one_line, os_reason
 # training ran three times as fast without. Read when PyTorch is first imported, hence here; a value of the user's stands.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-SETTINGS = (
-    "NEWLLM_KERNELS_BACKEND",
-    "NEWLLM_KERNELS_AUTOTUNE",
-    "NEWLLM_CPU_ISA",
-)  # of the environment, the user's like options
+# What newllm_kernels reads of the environment: the user's, as options are.
+SETTINGS = ("NEWLLM_KERNELS_BACKEND", "NEWLLM_KERNELS_AUTOTUNE", "NEWLLM_CPU_ISA")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -28,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a text half-way
     try:
         args = build_parser().parse_args(argv)
-        args.typed_fields = frozenset(vars(args))  # of these a recipe will not be told apart later on
+        args.typed_fields = frozenset(vars(args))  # a recipe or a preset puts its own beside them later on
         args.typed = shlex.join(["newllm", *(sys.argv[1:] if argv is None else argv)])  # what a run folder keeps
         return args.command(args)
     except SystemExit as stop:  # argparse: --help, --version, errors of usage
@@ -41,16 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
     except (MemoryError, RuntimeError, ValueError) as error:
-        if any(name in str(error) for name in SETTINGS):
-            return _fail(error)
-        if type(error).__name__ == "BackendError" and (named := os.environ.get("NEWLLM_KERNELS_BACKEND")):
-            return _fail(f"NEWLLM_KERNELS_BACKEND={named}: {error}")
-        if not _is_out_of_memory(error):
+        if (message := _about_the_environment(error)) is not None:
+            return _fail(message)
+        if isinstance(error, ValueError) or not _is_out_of_memory(error):
             raise
         return _fail("out of memory; choose a smaller model, --batch-size or --segment")
     except KeyboardInterrupt:
         print("newllm: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _about_the_environment(error: Exception) -> str | None:
+    """The message of an error that a variable of the environment is to blame for, None for all others."""
+    if any(name in str(error) for name in SETTINGS):
+        return str(error)
+    named = os.environ.get("NEWLLM_KERNELS_BACKEND")
+    # By its name: where reading the environment fails, newllm_kernels, which has the class, cannot be imported.
+    return f"NEWLLM_KERNELS_BACKEND={named}: {error}" if named and type(error).__name__ == "BackendError" else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -9,7 +9,6 @@ from newllm import compare
 from newllm.cli.parser import MODEL_OPTIONS, TRAINING_OPTIONS
 from newllm.cli.settings import data_settings, default_name, model_settings, note_unread, training_settings
 from newllm.cli.train import NEW_RUN_FIELDS, shown
-from newllm.config import transformer_like
 from newllm.errors import UserError, typed_path
 from newllm.recipe import apply_recipe
 from newllm.run import Run, new_run, runs_root
@@ -47,7 +46,7 @@ def _prepared(args: argparse.Namespace) -> Run:
     folder = new_run(getattr(args, "run", None), getattr(args, "out", None), f"compare-{default_name(args)}")
     data = data_settings(args, model)
     compare.prepare(folder, model, config, data, args.typed, args.minutes, args.transformer_recall)
-    note_unread(args, model, transformer_like(model))
+    note_unread(args, model)  # nor about the Transformer, whose shape follows from the model
     return folder
 
 

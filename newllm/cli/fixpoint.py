@@ -87,7 +87,7 @@ def _resume(args: argparse.Namespace) -> tuple[Run, FixpointTrainer, np.ndarray,
     if refused:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")
-    folder = find_run(args.resume)
+    folder = find_run(args.resume, "--resume")
     stored = folder.config()
     if "fixpoint" not in stored:
         raise UserError(f"{folder.path}: not a run of newllm fixpoint; go on with newllm train --resume {folder.path}")

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         if not _is_unicode(prompt):
             raise UserError(f"PROMPT {prompt!r}: not UTF-8 text")
     device = device_settings(args)
-    folder = find_run(args.run)
+    folder = find_run(args.run, "--run")
     model, tokenizer = folder.load(device)
     model = in_dtype(model, compute_dtype(training_config(folder).precision, device))
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.num_samples)]

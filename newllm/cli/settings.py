@@ -46,12 +46,11 @@ def model_settings(args: argparse.Namespace, base: ModelConfig | None = None) ->
     return model
 
 
-def note_unread(args: argparse.Namespace, model: ModelConfig, baseline: ModelConfig | None = None) -> None:
-    """A line on stderr for every option typed that changes nothing about this model, nor about `baseline`."""
-    typed = getattr(args, "typed_fields", frozenset())
-    unread = model.unread & (model.unread if baseline is None else baseline.unread)
+def note_unread(args: argparse.Namespace, model: ModelConfig) -> None:
+    """A line on stderr for every option typed that changes nothing about this model."""
+    unread = args.typed_fields & model.unread
     for flag, field, _, _ in MODEL_OPTIONS:
-        if field in typed & unread:
+        if field in unread:
             print(f"newllm: note: {flag} changes nothing about this model ({_kind(model)})", file=sys.stderr)
 
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
-    init = None if args.init is None else find_run(args.init)
+    init = None if args.init is None else find_run(args.init, "--init")
     base = None if init is None or args.config is not None or hasattr(args, "preset") else init.model_config()
     apply_recipe(args)
     if base is not None:
@@ -59,7 +59,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, Data]:
     ):
         args.tokenizer = str(init.path)  # its embedding stands for that tokenizer's tokens
     model, config = model_settings(args, base), training_settings(args)
-    teachers = [find_run(which) for which in args.teacher or ()]
+    teachers = [find_run(which, "--teacher") for which in args.teacher or ()]
     if teachers and not hasattr(args, "teacher_share"):
         config = dataclasses.replace(config, teacher_share=0.5)
     teacher.check(model, config, teachers)  # before the data is read
@@ -79,7 +79,7 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, Data]:
         names = ", ".join("--" + field.replace("_", "-") for field in refused)
         raise UserError(f"--resume goes on with the run's own settings; it does not take {names}")
     changes = {field: getattr(args, field) for field in RESUME_OPTIONS.values() if hasattr(args, field)}
-    trainer, data = resumed_trainer(find_run(args.resume), **changes)
+    trainer, data = resumed_trainer(find_run(args.resume, "--resume"), **changes)
     describe(trainer, data)
     print(f"going on from step {trainer.step} of {trainer.config.steps}", flush=True)
     return trainer, data

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from newllm.config import PRESETS, ModelConfig, count_parameters, preset, transformer_like
 from newllm.model import build_model
@@ -159,3 +160,54 @@ def test_transformer_like_says_when_there_is_none():
         transformer_like(
             ModelConfig(vocab_size=10, embed_dim=256, context_dim=4, num_layers=1, ffn_dim=1, fnn_layers=0)
         )
+
+
+OTHERS = {  # a second value for every field that some model does not read
+    "hidden_dim": 24, "context_dim": 24, "num_layers": 3, "fnn_layers": 2, "ffn_dim": 24, "activation": "tanh",
+    "hops": 2, "clamp": 0.01, "context_init": 0.5, "forget_init": 1.0, "input_init": 0.5, "recurrent_dropout": 0.5,
+    "recall_dropout": 0.5, "tie_embeddings": False, "num_heads": 1, "max_seq_len": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(fnn_layers=0, norm="output"),
+        ModelConfig(fnn_layers=1, norm=None),
+        ModelConfig(fnn_layers=1, coupling="full", norm="state", recall=9),
+        ModelConfig(architecture="classic", fnn_layers=1, coupling="full", norm="state"),
+        ModelConfig(architecture="transformer"),
+    ],
+    ids=["newllm-fnn0", "newllm-no-norm", "newllm-full", "classic", "transformer"],
+)
+def test_a_field_is_unread_exactly_where_it_changes_nothing(config):
+    config = dataclasses.replace(
+        config, vocab_size=11, embed_dim=16, hidden_dim=16, context_dim=16, ffn_dim=16, num_heads=2
+    )
+    tokens = torch.arange(40).reshape(2, 20) % 5  # of places that come again
+
+    def made(config):
+        """First weights, and logits in training (dropout and all) of others."""
+        torch.manual_seed(0)
+        model = build_model(config).train()
+        first = {key: x.clone() for key, x in model.state_dict().items()}
+        with torch.no_grad():  # matrices that begin at zero would hide what is read before them
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+        return first, model(tokens)[0]
+
+    weights, logits = made(config)
+    others = OTHERS | {
+        "coupling": "none" if config.coupling == "full" else "full",  # "hops" of one hop is "none"
+        "norm": None if config.norm else "state",
+        "recall": 0 if config.recall else 8,
+    }
+    for field, value in others.items():
+        try:
+            changed = made(dataclasses.replace(config, **{field: value}))
+        except ValueError:  # refused, so nobody can type it
+            continue
+        same = changed[0].keys() == weights.keys() and all(
+            torch.equal(changed[0][key], x) for key, x in weights.items()
+        )
+        assert (same and torch.equal(changed[1], logits)) == (field in config.unread), field
